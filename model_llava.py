@@ -1,0 +1,786 @@
+"""The models, from scratch: LLaVA-NeXT (Vicuna, Mistral) and Qwen2-VL, from pixels to logits.
+
+    image  --> vision tower --> projector --> image tokens --.
+                                                             v
+    prompt --> tokenizer --> ids ----------> [ text | image tokens | text ] --> decoder --> logits
+                                                                                  ^
+                                    KV cache, a list of tensors for each head (cache.py)
+
+Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its
+attention is a loop over KV heads and the query heads of each group, since heads are what SparseMM
+is about. What differs is the vision tower, and how an image becomes a row of tokens:
+
+    LLaVA-NeXT  CLIP sees square tiles. First comes a thumbnail of the whole image, then the tiles
+                row by row, without the padding, a learned newline token behind each row.
+                (Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge")
+    Qwen2-VL    a ViT with 2-D rotary positions sees the image at its own size; 2 x 2 patches become
+                one token, and the decoder's positions have three axes, M-RoPE.
+                (Wang et al. 2024, arXiv 2409.12191)
+
+Every image token knows which rectangle of the original image it shows (ImageTokens.boxes). Tensors
+have the names that the checkpoints give them. transformers supplies the tokenizer, the image
+processor and the config classes; no part of its models is used.
+
+Letters: L layers, H query heads, G KV heads, T tokens, D head size, E width of the decoder, V width
+of the vision tower, P its patches (CLIP: of one tile), S side of a tile in pixels.
+"""
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+THUMBNAIL, GRID, NEWLINE = 0, 1, 2          # the kinds of image tokens; Qwen2-VL has only GRID
+
+
+# ---- configuration -------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """What the forward pass needs to know of a checkpoint's config.json."""
+    family: str                     # "llava_next" or "qwen2_vl"
+    layers: int                     # L
+    heads: int                      # H
+    kv_heads: int                   # G
+    head_dim: int                   # D
+    width: int                      # E
+    mlp_width: int
+    vocabulary: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple            # how many of the D/2 frequencies turn with time, row, column
+    qkv_bias: bool
+    tied: bool                      # the output embedding is the input embedding
+    max_tokens: int                 # beyond so many, attention would slide, which is not built here
+    image_token: int                # the id that marks the place of an image
+    dtype: torch.dtype              # of the checkpoint
+    template: str                   # the family's chat template, for checkpoints without one
+    vision: object                  # transformers' config of the vision tower
+    vision_layer: int = -1          # LLaVA-NeXT only, from here on: which hidden state of CLIP
+    keep_class_token: bool = False
+    projector_bias: bool = True
+    pinpoints: tuple = ()           # the (height, width) that an image may be fitted to
+
+
+VICUNA_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}USER: \
+{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% endif %}{% endfor %}\
+{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }} {% endif %}\
+{% endfor %}{% else %}ASSISTANT: {{ message.content[0].text }}</s>{% endif %}{% endfor %}\
+{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+MISTRAL_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}[INST] \
+{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% endif %}{% endfor %}\
+{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }} {% endif %}\
+{% endfor %}[/INST]{% else %} {{ message.content[0].text }}</s>{% endif %}{% endfor %}"""
+QWEN_TEMPLATE = """<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n\
+{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+
+
+def read_config(folder):
+    """config.json of a checkpoint -> Config. Raises ValueError for a model that is not built here.
+
+    transformers' config classes know the defaults that a file leaves out."""
+    from transformers import AutoConfig
+    try:
+        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        family = json.loads(text)["model_type"]
+    except OSError:
+        raise ValueError(f"model {folder}: no readable config.json in it") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"model {folder}: config.json is no object with a model_type") from None
+    if family not in MODELS:
+        raise ValueError(f"model {folder}: model_type {family!r} is not one of {', '.join(MODELS)}")
+    try:
+        return convert_config(AutoConfig.from_pretrained(folder), family)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"model {folder}: its config.json lacks or misstates {error}") from None
+
+
+def convert_config(c, family):
+    """transformers' config object -> Config. Raises ValueError for what is not built here."""
+    text, vision, rope = c.text_config, c.vision_config, c.text_config.rope_parameters
+    for what, value, right in (
+            ("text model_type", text.model_type, ("llama", "mistral", "qwen2_vl_text")),
+            ("text hidden_act", text.hidden_act, ("silu",)),
+            ("rope_type", rope["rope_type"], ("default",)),
+            ("attention_bias", getattr(text, "attention_bias", False), (False,)),
+            ("vision hidden_act", vision.hidden_act, ("quick_gelu",)),
+            ("projector_hidden_act", getattr(c, "projector_hidden_act", "gelu"), ("gelu",)),
+            ("vision_feature_layer", type(getattr(c, "vision_feature_layer", 0)), (int,))):
+        if value not in right:
+            raise ValueError(f"model config: {what} {value} is not built here, only {right[0]}")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    shared = dict(
+        family=family, layers=text.num_hidden_layers, heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads, head_dim=head_dim, width=text.hidden_size,
+        mlp_width=text.intermediate_size, vocabulary=text.vocab_size, rms_eps=text.rms_norm_eps,
+        rope_theta=rope["rope_theta"], tied=c.tie_word_embeddings, vision=vision,
+        max_tokens=getattr(text, "sliding_window", None) or sys.maxsize,
+        dtype=c.dtype or text.dtype or torch.float32)
+    if family == "qwen2_vl":
+        return Config(**shared, mrope_section=tuple(rope["mrope_section"]), qkv_bias=True,
+                      image_token=c.image_token_id, template=QWEN_TEMPLATE)
+    template = MISTRAL_TEMPLATE if text.model_type == "mistral" else VICUNA_TEMPLATE
+    return Config(**shared, mrope_section=(head_dim // 2, 0, 0), qkv_bias=False, template=template,
+                  image_token=c.image_token_index, vision_layer=c.vision_feature_layer,
+                  keep_class_token=c.vision_feature_select_strategy == "full",
+                  projector_bias=c.multimodal_projector_bias,
+                  pinpoints=tuple(tuple(size) for size in c.image_grid_pinpoints))
+
+
+# ---- the decoder ---------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):                                                       # (T, E) -> (T, E)
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_angles(positions, c):
+    """positions (3, T): time, row and column of every token -> cos, sin (T, D), float32.
+
+    M-RoPE (Qwen2-VL, section 2.1): each frequency turns with one of the three axes. Text has the
+    same number on all three, which makes it ordinary RoPE (arXiv 2104.09864). LLaVA-NeXT's
+    sections leave everything to the first axis.
+    """
+    D, device = c.head_dim, positions.device
+    frequency = 1.0 / c.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)    # (D/2,)
+    axis = torch.arange(3).repeat_interleave(torch.tensor(c.mrope_section)).to(device)      # (D/2,)
+    angles = positions.float()[axis].T * frequency                                        # (T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)                                            # (T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x (heads, T, D) turned by cos, sin (T, D); the first half of D is paired
+    with the second."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def prefill_attention(q, k, v):
+    """Causal attention over a whole prompt. q: (H, T, D); k, v: (G, T, D). Returns (H, T, D).
+
+    One head at a time: keys and values are never repeated for the query heads that share them, and
+    the fused kernel never holds a T x T matrix.
+    """
+    H, G = q.shape[0], k.shape[0]
+    out = torch.empty_like(q)
+    for g in range(G):
+        for h in range(g * H // G, (g + 1) * H // G):
+            out[h] = F.scaled_dot_product_attention(q[None, None, h], k[None, None, g],
+                                                    v[None, None, g], is_causal=True)[0, 0]
+    return out
+
+
+def decode_attention(q, heads):
+    """One new token against what each head holds. q: (H, 1, D); heads: for each KV head [selected
+    keys, recent keys, selected values, recent values], (n, D) each. Returns (H, 1, D).
+
+    This loop is the definition of decoding with heads whose caches differ in length.
+    """
+    (H, _, D), G = q.shape, len(heads)
+    out = torch.empty_like(q)
+    for g, (selected_k, recent_k, selected_v, recent_v) in enumerate(heads):
+        n = len(selected_k)
+        for h in range(g * H // G, (g + 1) * H // G):
+            logits = torch.cat([q[h] @ selected_k.T, q[h] @ recent_k.T], dim=-1)         # (1, kept)
+            p = (logits / math.sqrt(D)).float().softmax(-1).to(q.dtype)
+            out[h] = p[:, :n] @ selected_v + p[:, n:] @ recent_v
+    return out
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.shape = c.heads, c.kv_heads, c.head_dim
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+
+    def forward(self, x, cos, sin, layer, cache):
+        """x: (T, E); cos, sin: (T, D). Returns (T, E). The first call for a layer is the prefill,
+        of which the cache keeps a part; each later one decodes one token. Without a cache every
+        call is a prefill."""
+        (H, G, D), T = self.shape, len(x)
+        q = self.q_proj(x).view(T, H, D).transpose(0, 1)                   # (T, H*D) -> (H, T, D)
+        k = self.k_proj(x).view(T, G, D).transpose(0, 1)                   # (T, G*D) -> (G, T, D)
+        v = self.v_proj(x).view(T, G, D).transpose(0, 1)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None and layer < len(cache):
+            cache.append(layer, k, v)
+            out = decode_attention(q, cache[layer])
+        else:
+            out = prefill_attention(q, k, v)
+            if cache is not None:
+                cache.compress(layer, q, k, v)
+        return self.o_proj(out.transpose(0, 1).reshape(T, H * D))          # (H, T, D) -> (T, H*D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
+
+    def forward(self, x):                                                       # (T, E) -> (T, E)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.rms_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.width, c.rms_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, layer, cache):                               # (T, E) -> (T, E)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.rms_eps)
+
+    def forward(self, x, positions, cache=None):
+        """x: (T, E) embeddings of tokens and images; positions: (3, T). Returns (T, E)."""
+        cos, sin = (angle.to(x.dtype) for angle in rotary_angles(positions, self.config))
+        for l, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, l, cache)
+        return self.norm(x)
+
+
+# ---- what both families share --------------------------------------------------------------------
+
+@dataclass
+class ImageTokens:
+    """The tokens of one image, in the order in which the decoder sees them."""
+    size: tuple                 # (height, width) of the original image, in pixels
+    grid: tuple                 # (rows, columns) of the GRID tokens
+    kinds: torch.Tensor         # (n,) THUMBNAIL, GRID or NEWLINE
+    boxes: torch.Tensor         # (n, 4) float64: x0, y0, x1, y1 in pixels of the original image
+
+    def __len__(self):
+        return len(self.kinds)
+
+
+@dataclass
+class Prompt:
+    """A prompt as the decoder takes it, and where its images are."""
+    ids: torch.Tensor           # (T,) token ids; those of images are all config.image_token
+    positions: torch.Tensor     # (3, T)
+    pixels: list                # for each image what the vision tower takes
+    images: list                # for each image its ImageTokens ...
+    starts: list                # ... and where in ids they start
+
+    @property
+    def image_tokens(self):
+        return sum(map(len, self.images))
+
+
+class VisionLanguageModel(nn.Module):
+    """What LlavaNext and Qwen2VL share. Each adds `decoder`, `lm_head`, and of an image: `lay_out`
+    (which token shows what), `see` (pixels to embeddings) and `span` (positions)."""
+
+    def embed(self, prompt):
+        """Embeddings (T, E) of a prompt, with its images in their places."""
+        x = self.decoder.embed_tokens(prompt.ids)
+        for pixels, image, start in zip(prompt.pixels, prompt.images, prompt.starts):
+            x[start:start + len(image)] = self.see(pixels, image)
+        return x
+
+    def hidden_states(self, prompt, cache=None):
+        """Prefill: the decoder's output (T, E). A cache keeps what its method selects."""
+        return self.decoder(self.embed(prompt), prompt.positions, cache)
+
+    def logits(self, hidden):
+        """(..., E) -> (..., vocabulary)."""
+        output = self.decoder.embed_tokens if self.config.tied else self.lm_head
+        return F.linear(hidden, output.weight)
+
+    def decode(self, token, position, cache):
+        """One decoding step: the logits (vocabulary,) that follow `token`, a text token, which
+        stands at `position` on all three axes."""
+        device = self.decoder.embed_tokens.weight.device
+        x = self.decoder.embed_tokens(torch.tensor([token], device=device))                 # (1, E)
+        positions = torch.full((3, 1), position, device=device)
+        return self.logits(self.decoder(x, positions, cache)[0])
+
+    def positions(self, T, images, starts):
+        """Positions (3, T): text counts up by one on all axes; an image takes its `span`, and the
+        text after it goes on from there."""
+        parts, position, done = [], 0, 0
+        for image, start in zip(images, starts):
+            within, taken = self.span(image)
+            text = torch.arange(position, position + start - done)
+            parts += [text.expand(3, -1), within + position + start - done]
+            position, done = position + start - done + taken, start + len(image)
+        rest = torch.arange(position, position + T - done)
+        return torch.cat([*parts, rest.expand(3, -1)], dim=1)
+
+
+def group(**modules):
+    """Modules under one name, as the checkpoints have them."""
+    return nn.ModuleDict(modules)
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def cell_boxes(rows, columns, cell, size, corner=(0.0, 0.0)):
+    """Boxes (rows, columns, 4) float64 of a grid of cells, x0, y0, x1, y1. cell: (height, width) of
+    one; corner: (y, x) of the first; size: (height, width) of the image they are cut at."""
+    y = (torch.arange(rows + 1, dtype=torch.float64) * cell[0] + corner[0]).clamp(0, size[0])
+    x = (torch.arange(columns + 1, dtype=torch.float64) * cell[1] + corner[1]).clamp(0, size[1])
+    y0, x0 = torch.meshgrid(y[:-1], x[:-1], indexing="ij")
+    y1, x1 = torch.meshgrid(y[1:], x[1:], indexing="ij")
+    return torch.stack([x0, y0, x1, y1], dim=-1)
+
+
+# ---- LLaVA-NeXT ----------------------------------------------------------------------------------
+
+class CLIPLayer(nn.Module):
+    """A pre-norm transformer layer with full attention within each tile."""
+
+    def __init__(self, v):
+        super().__init__()
+        V, wide = v.hidden_size, v.intermediate_size
+        self.num_heads = v.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(V, v.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(V, v.layer_norm_eps)
+        self.self_attn = group(q_proj=nn.Linear(V, V), k_proj=nn.Linear(V, V),
+                               v_proj=nn.Linear(V, V), out_proj=nn.Linear(V, V))
+        self.mlp = group(fc1=nn.Linear(V, wide), fc2=nn.Linear(wide, V))
+
+    def forward(self, x):                                             # (tiles, P, V) -> the same
+        y, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (project(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                   for project in (attn.q_proj, attn.k_proj, attn.v_proj))  # (tiles, heads, P, D)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + attn.out_proj(mixed)
+        return x + self.mlp.fc2(quick_gelu(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class CLIP(nn.Module):
+    """CLIP's image encoder (arXiv 2103.00020), as far as LLaVA uses it."""
+
+    def __init__(self, v):
+        super().__init__()
+        V, side = v.hidden_size, v.image_size // v.patch_size
+        self.embeddings = group(
+            patch_embedding=nn.Conv2d(3, V, v.patch_size, v.patch_size, bias=False),
+            position_embedding=nn.Embedding(1 + side * side, V))
+        self.embeddings.class_embedding = nn.Parameter(torch.zeros(V))
+        self.pre_layrnorm = nn.LayerNorm(V, v.layer_norm_eps)          # so spelled in checkpoints
+        self.encoder = group(layers=nn.ModuleList(CLIPLayer(v) for _ in range(v.num_hidden_layers)))
+        self.post_layernorm = nn.LayerNorm(V, v.layer_norm_eps)        # there, but not in use
+
+    def forward(self, tiles, hidden_state):
+        """tiles: (n, 3, S, S) -> (n, 1 + P, V), the class token first. hidden_state: which of the
+        1 + layers states, negative from the end; 0 is what enters the first layer."""
+        x = self.embeddings.patch_embedding(tiles).flatten(2).transpose(1, 2)            # (n, P, V)
+        x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
+        layers = self.encoder.layers
+        for layer in layers[:range(len(layers) + 1)[hidden_state]]:
+            x = layer(x)
+        return x
+
+
+def best_resolution(size, pinpoints):
+    """Anyres: the (height, width) among pinpoints that keeps most of the pixels of an image of the
+    given size, and of those the one that wastes least."""
+    def kept_and_wasted(best):
+        scale = min(best[0] / size[0], best[1] / size[1])
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - best[0] * best[1]
+    return max(pinpoints, key=kept_and_wasted)
+
+
+def fitted_size(size, best):
+    """The (height, width) to which an image is resized to fit into `best` in its own shape."""
+    down, across = best[0] / size[0], best[1] / size[1]
+    if across < down:
+        return min(math.ceil(size[0] * across), best[0]), best[1]
+    return best[0], min(math.ceil(size[1] * down), best[1])
+
+
+def unpadded(rows, columns, size):
+    """The rows and the columns (two slices) of a grid of features that show an image of the given
+    size, and not the padding around it."""
+    height, width = size
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        return slice(padding, rows - padding), slice(0, columns)
+    padding = (columns - int(round(width * (rows / height), 7))) // 2
+    return slice(0, rows), slice(padding, columns - padding)
+
+
+class LlavaNext(VisionLanguageModel):
+    def __init__(self, c):
+        super().__init__()
+        self.config, self.S = c, c.vision.image_size
+        self.side = c.vision.image_size // c.vision.patch_size          # tokens along a tile's side
+        self.image_newline = nn.Parameter(torch.zeros(c.width))
+        self.vision_tower = group(vision_model=CLIP(c.vision))
+        self.multi_modal_projector = group(
+            linear_1=nn.Linear(c.vision.hidden_size, c.width, bias=c.projector_bias),
+            linear_2=nn.Linear(c.width, c.width, bias=c.projector_bias))
+        self.language_model = group(model=Decoder(c))
+        if not c.tied:
+            self.language_model["lm_head"] = nn.Linear(c.width, c.vocabulary, bias=False)
+
+    @property
+    def decoder(self):
+        return self.language_model["model"]
+
+    @property
+    def lm_head(self):
+        return self.language_model["lm_head"]
+
+    def tile_grid(self, size):
+        """For an image of the given size: the (height, width) it is fitted to, and how many tiles
+        that has down and across."""
+        best = best_resolution(size, self.config.pinpoints)
+        return best, best[0] // self.S, best[1] // self.S
+
+    def lay_out(self, size, processed):
+        """The image is resized in its own shape, put in the middle of its best resolution and cut
+        into tiles; what a cell of the grid shows follows by undoing that."""
+        s, patch = self.side, self.config.vision.patch_size
+        best, down, across = self.tile_grid(size)
+        inner = fitted_size(size, best)
+        scale = size[0] / inner[0], size[1] / inner[1]                # original / resized, (y, x)
+        corner = [-((best[i] - inner[i]) // 2) * scale[i] for i in (0, 1)]        # of the padding
+        grid = cell_boxes(down * s, across * s, [patch * f for f in scale], size, corner)
+        grid = grid[unpadded(down * s, across * s, size)]                              # (r, c, 4)
+        r, c = grid.shape[:2]
+        newline = torch.zeros(r, 1, 4, dtype=torch.float64)                # shows nothing: no area
+        thumbnail = cell_boxes(s, s, [size[0] / s, size[1] / s], size).flatten(0, 1)
+        boxes = torch.cat([thumbnail, torch.cat([grid, newline], dim=1).flatten(0, 1)])
+        kinds = torch.tensor([THUMBNAIL] * (s * s) + ([GRID] * c + [NEWLINE]) * r)
+        return ImageTokens(size, (r, c), kinds, boxes)
+
+    def see(self, tiles, image):
+        """tiles: (1 + n, 3, S, S), the thumbnail first -> embeddings (len(image), E)."""
+        s, projector = self.side, self.multi_modal_projector
+        x = self.vision_tower.vision_model(tiles, self.config.vision_layer)          # (1+n, 1+P, V)
+        x = x if self.config.keep_class_token else x[:, 1:]
+        x = projector.linear_2(F.gelu(projector.linear_1(x)))                          # (1+n, P, E)
+        _, down, across = self.tile_grid(image.size)
+        grid = x[1:].view(down, across, s, s, -1).transpose(1, 2)         # (down, s, across, s, E)
+        grid = grid.reshape(down * s, across * s, -1)[unpadded(down * s, across * s, image.size)]
+        newline = self.image_newline.expand(len(grid), 1, -1)
+        return torch.cat([x[0], torch.cat([grid, newline], dim=1).flatten(0, 1)])
+
+    def span(self, image):
+        """Positions (3, n) of an image's tokens, from 0, and how many positions they take."""
+        return torch.arange(len(image)).expand(3, -1), len(image)
+
+
+# ---- Qwen2-VL ------------------------------------------------------------------------------------
+
+class QwenVisionBlock(nn.Module):
+    """A pre-norm transformer layer with full attention over the patches of one image."""
+
+    def __init__(self, v):
+        super().__init__()
+        V, wide = v.embed_dim, int(v.embed_dim * v.mlp_ratio)
+        self.num_heads = v.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(V, 1e-6), nn.LayerNorm(V, 1e-6)
+        self.attn = group(qkv=nn.Linear(V, 3 * V), proj=nn.Linear(V, V))
+        self.mlp = group(fc1=nn.Linear(V, wide), fc2=nn.Linear(wide, V))
+
+    def forward(self, x, cos, sin):                                             # (P, V) -> (P, V)
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(1, 2, 0, 3)                                           # (heads, P, D)
+        q, k = (rotate(y.float(), cos, sin).to(x.dtype) for y in (q, k))
+        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        x = x + self.attn.proj(mixed.transpose(0, 1).flatten(1))
+        return x + self.mlp.fc2(quick_gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class QwenVision(nn.Module):
+    """Qwen2-VL's ViT and the merger behind it. Patches come in the merger's order: the four that
+    become one token are neighbours."""
+
+    def __init__(self, v):
+        super().__init__()
+        V, merged = v.embed_dim, v.embed_dim * v.spatial_merge_size ** 2
+        kernel = (v.temporal_patch_size, v.patch_size, v.patch_size)
+        self.config = v
+        self.patch_embed = group(proj=nn.Conv3d(3, V, kernel, kernel, bias=False))
+        self.blocks = nn.ModuleList(QwenVisionBlock(v) for _ in range(v.depth))
+        self.merger = group(ln_q=nn.LayerNorm(V, 1e-6), mlp=nn.Sequential(
+            nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, v.hidden_size)))
+
+    def forward(self, patches, rows, columns):
+        """patches: (P, 3 * 2 * p * p), each image repeated for the two frames that a patch spans,
+        of an image of rows x columns tokens -> (rows * columns, E)."""
+        x = patches @ self.patch_embed.proj.weight.flatten(1).T   # (P, V): where its stride is its
+                                                                  # size, a convolution is a product
+        cos, sin = self.rotary_angles(rows, columns, x.device)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.merger.mlp(self.merger.ln_q(x).view(rows * columns, -1))  # (P, V) -> (P/4, 4*V)
+
+    def rotary_angles(self, rows, columns, device):
+        """2-D rotary positions: cos, sin (P, D), half of the frequencies turning with the patch's
+        row and half with its column."""
+        m, D = self.config.spatial_merge_size, self.config.embed_dim // self.config.num_heads
+        y, x = torch.meshgrid(torch.arange(rows * m), torch.arange(columns * m), indexing="ij")
+        yx = torch.stack([y, x], dim=-1).view(rows, m, columns, m, 2)
+        yx = yx.transpose(1, 2).reshape(-1, 2, 1).to(device)                            # (P, 2, 1)
+        frequency = 1.0 / 10000.0 ** (torch.arange(0, D // 2, 2, device=device).float() / (D // 2))
+        angles = (yx * frequency).flatten(1)                                              # (P, D/2)
+        angles = torch.cat([angles, angles], dim=-1)                                        # (P, D)
+        return angles.cos(), angles.sin()
+
+
+class Qwen2VL(VisionLanguageModel):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.visual = QwenVision(c.vision)
+        self.model = Decoder(c)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.width, c.vocabulary, bias=False)
+
+    @property
+    def decoder(self):
+        return self.model
+
+    def lay_out(self, size, processed):
+        """The image is resized to a whole number of tokens on either axis, so that what a token
+        shows need not be square."""
+        merge = self.config.vision.spatial_merge_size
+        rows, columns = (processed["image_grid_thw"][0, 1:] // merge).tolist()
+        boxes = cell_boxes(rows, columns, [size[0] / rows, size[1] / columns], size).flatten(0, 1)
+        return ImageTokens(size, (rows, columns), torch.full((rows * columns,), GRID), boxes)
+
+    def see(self, patches, image):
+        """patches: (P, 3 * 2 * p * p) -> embeddings (len(image), E)."""
+        return self.visual(patches, *image.grid)
+
+    def span(self, image):
+        """Positions (3, n) of an image's tokens, from 0: time stands still, rows and columns count.
+        They take as many positions as the longer side has tokens."""
+        rows, columns = image.grid
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        return torch.stack([torch.zeros_like(y), y, x]).flatten(1), max(rows, columns)
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+MODELS = {"llava_next": LlavaNext, "qwen2_vl": Qwen2VL}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Tensors are spelled as on the hub (our names), as transformers 5 saves them, or as it holds them.
+SPELLINGS = {
+    "llava_next": ((r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1"),
+                   (r"^model\.language_model\.", "language_model.model."),
+                   (r"^lm_head\.", "language_model.lm_head."),
+                   (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
+    "qwen2_vl": ((r"^model\.visual\.", "visual."),
+                 (r"^model\.language_model\.", "model."))}
+OLD_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")      # constants in some old files
+
+
+def load(name, device="auto", dtype="auto"):
+    """A model, ready to use, with its `folder` and its `processor`.
+
+    name: a checkpoint's folder, or its id on the Hugging Face hub; device: "auto" takes CUDA if
+    there is one; dtype: "auto" is float32 on a CPU and the checkpoint's own on CUDA. Raises
+    ValueError, in one line, for whatever is wrong with the checkpoint.
+    """
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = find_folder(name)
+    config = read_config(folder)
+    if dtype == "auto":
+        dtype = "float32" if torch.device(device).type == "cpu" else config.dtype
+    with torch.device("meta"):                                    # only shapes, no memory, no time
+        model = MODELS[config.family](config)
+    load_weights(model, folder, device, DTYPES.get(dtype, dtype))
+    model.folder, model.processor = folder, Processor(folder, config)
+    return model.eval()
+
+
+def find_folder(name):
+    """A checkpoint's folder: a local one, or the hub's, downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        raise ValueError(f"model {name}: no such folder; a checkpoint's folder or a hub id such as "
+                         "llava-hf/llava-v1.6-mistral-7b-hf is right")
+    from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:          # no network, no such repository, no access: many types
+        raise ValueError(f"model {name}: neither a local folder nor to be had from the hub "
+                         f"({type(error).__name__})") from None
+
+
+def hub_name(key, family):
+    """A tensor's name in the file -> its name here."""
+    for spelling, ours in SPELLINGS[family]:
+        key = re.sub(spelling, ours, key)
+    return key
+
+
+def load_weights(model, folder, device, dtype):
+    """Fills the model from the folder's safetensors files. Raises ValueError that names the first
+    missing, surplus or misshapen tensor."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tied:                                           # then a file may hold it twice
+        shapes["lm_head.weight"] = shapes["language_model.lm_head.weight"] = [
+            model.config.vocabulary, model.config.width]
+    weights = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for key in file.keys():
+                    name = hub_name(key, model.config.family)
+                    if OLD_BUFFERS.search(key):
+                        continue
+                    if name not in shapes or name in weights:
+                        raise ValueError(f"model {folder}: surplus tensor {key} in {path.name}")
+                    tensor = file.get_tensor(key)
+                    if list(tensor.shape) != shapes[name]:
+                        raise ValueError(f"model {folder}: tensor {key} has shape "
+                                         f"{list(tensor.shape)}, should have {shapes[name]}")
+                    weights[name] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model {folder}: {path.name} cannot be read: {error}") from None
+    if missing := sorted(model.state_dict().keys() - weights.keys()):
+        raise ValueError(f"model {folder}: {len(missing)} tensors missing, {missing[0]} first")
+    spare = [weights.pop(name) for name in weights.keys() - model.state_dict().keys()]
+    model.load_state_dict(weights, assign=True)
+    if spare and not torch.equal(spare[0], model.decoder.embed_tokens.weight):
+        raise ValueError(f"model {folder}: lm_head.weight is not the input embedding it is tied to")
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint: those that its index names, or the only one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"model {folder}: {index.name} is not an index of weights") from None
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+class Processor:
+    """A checkpoint's tokenizer, image processor, chat template and end tokens."""
+
+    def __init__(self, folder, config):
+        # By name, since the processors made with torchvision give other pixels.
+        from transformers import (AutoTokenizer, LlavaNextImageProcessorPil,
+                                  Qwen2VLImageProcessorPil)
+        image_processor = {"llava_next": LlavaNextImageProcessorPil,
+                           "qwen2_vl": Qwen2VLImageProcessorPil}[config.family]
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.image_processor = image_processor.from_pretrained(folder, local_files_only=True)
+            self.template = (self.read_template(folder) or self.tokenizer.chat_template
+                             or config.template)
+            self.end_tokens = self.read_end_tokens(folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"model {folder}: tokenizer, template or image processor: "
+                             f"{error}") from None
+        if len(self.tokenizer) <= config.image_token:
+            raise ValueError(f"model {folder}: its tokenizer has {len(self.tokenizer)} tokens; the "
+                             f"image token, {config.image_token}, must be one of them")
+
+    @staticmethod
+    def read_template(folder):
+        """The chat template in a file of its own; AutoTokenizer does not know the JSON one."""
+        if (path := folder / "chat_template.jinja").exists():
+            return path.read_text(encoding="utf-8")
+        if (path := folder / "chat_template.json").exists():
+            return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+
+    def read_end_tokens(self, folder):
+        """The ids that end an answer; generation_config.json may name several."""
+        path, end = folder / "generation_config.json", None
+        if path.exists():
+            end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if end is None:
+            end = self.tokenizer.eos_token_id
+        return set(end) if isinstance(end, list) else {end}
+
+    def token_ids(self, num_images, text):
+        """One user turn, images first, up to where the answer begins: a list of token ids, with one
+        placeholder for each image."""
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=self.template, tokenize=False,
+            add_generation_prompt=True)
+        ids = self.tokenizer(rendered).input_ids
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            return ids[1:]                              # one from the template, one from tokenizing
+        return ids
+
+
+def prepare(model, images, text):
+    """A question about images -> Prompt. images: PIL images in RGB; text: the question.
+
+    The chat template marks each image with one placeholder token, which is repeated here as often
+    as the image has tokens. Raises ValueError if the text itself holds a placeholder or an image
+    cannot be processed.
+    """
+    processor, mark = model.processor, model.config.image_token
+    weight = model.decoder.embed_tokens.weight
+    pixels, laid_out, ids, starts = [], [], [], []
+    for image in images:
+        try:
+            processed = processor.image_processor(image, return_tensors="pt")
+        except ValueError as error:
+            raise ValueError(f"image of {image.width} x {image.height} pixels: {error}") from None
+        values = processed["pixel_values"]
+        values = values[0] if values.dim() == 5 else values         # LLaVA-NeXT: a batch of one
+        pixels.append(values.to(weight.device, weight.dtype))
+        laid_out.append(model.lay_out((image.height, image.width), processed))
+    template = processor.token_ids(len(images), text)
+    if template.count(mark) != len(images):
+        raise ValueError(f"prompt {text!r} contains {processor.tokenizer.decode([mark])}, which "
+                         "stands for an image; a question without it is right")
+    for token in template:
+        if token == mark:
+            starts.append(len(ids))
+            ids += [mark] * len(laid_out[len(starts) - 1])
+        else:
+            ids.append(token)
+    positions = model.positions(len(ids), laid_out, starts).to(weight.device)
+    return Prompt(torch.tensor(ids, device=weight.device), positions, pixels, laid_out, starts)

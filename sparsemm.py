@@ -1,0 +1,293 @@
+"""Ask a question about an image, with a KV cache that is small where the model does not look.
+
+    python sparsemm.py --image tiny/receipt.png --prompt "What is the Total?"
+
+Prefill runs over the whole prompt. As soon as a layer's attention is done, each of its heads keeps
+only the entries that its budget allows (cache.py). Decoding then reads and extends what is left:
+
+    images, prompt --> prefill --> token --> token --> ... --> end
+                       layer by    each appends one entry to every head,
+                       layer:      and attends to what that head holds
+                       attend,
+                       compress
+
+The answer goes to stdout as it is written, and what happened to stderr. `generate` does the same
+from Python. The method: Wang et al., "Head Sparsity Emerges from Visual Concept Responses in
+MLLMs", ICCV 2025, arXiv 2506.05344.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cache import METHODS, NEEDS_SCORES, KVCache, make_method, read_head_scores
+from model_llava import DTYPES, load, prepare
+
+DEFAULT_MODEL = Path(__file__).parent / "tiny" / "qwen2-vl"
+SCORES_FILE = "visual_head_scores.json"
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rho=0.1,
+             redistribute=True, scores=None, max_new_tokens=256, seed=0, stream=None):
+    """Answers a question about images by greedy decoding with a compressed cache.
+
+    model: from model_llava.load; images: PIL images in RGB; prompt: the question; method: one of
+    cache.METHODS; budget: entries per KV head on average; window, rho, redistribute: see
+    cache.allocate_budgets; scores: visual scores (L, H), for sparsemm and shuffled; seed: for
+    random and shuffled; stream: called with each piece of text as it is decoded. Returns a dict:
+
+        text, token_ids, new_tokens     the answer; token_ids with the end token, if it came
+        prompt_tokens, image_tokens     T, and how many of them are of images
+        method, budget, kept            kept: L lists of G numbers, entries held after prefill
+        cache_bytes, full_cache_bytes   2 * D * itemsize for each of them, and for L * G * T
+        prefill_seconds                 vision, prefill and compression, up to the first token
+        decode_seconds                  all further tokens
+
+    Raises ValueError for bad arguments.
+    """
+    c = model.config
+    inputs = prepare(model, images, prompt)
+    T = len(inputs.ids)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if T + max_new_tokens > c.max_tokens:
+        raise ValueError(f"prompt of {T} tokens and {max_new_tokens} new ones exceed the sliding "
+                         f"window of {c.max_tokens}, which is not built here")
+    plan = make_method(method, c.layers, c.kv_heads, T, budget, window, rho, redistribute, scores,
+                       seed)
+    cache = KVCache(plan, window, reserve=max_new_tokens - 1)
+
+    start = clock(model)
+    tokens = [model.logits(model.hidden_states(inputs, cache)[-1]).argmax().item()]
+    prefilled, cache_bytes = clock(model), cache.num_bytes()
+    text = Streamer(model.processor.tokenizer, stream)
+    text.show(tokens)
+    position = inputs.positions.max().item() + 1
+    while tokens[-1] not in model.processor.end_tokens and len(tokens) < max_new_tokens:
+        tokens.append(model.decode(tokens[-1], position, cache).argmax().item())
+        position += 1
+        text.show(tokens)
+    end = clock(model)
+
+    entry_bytes = 2 * c.head_dim * model.decoder.embed_tokens.weight.element_size()
+    return dict(
+        text=text.show(tokens, last=True), token_ids=tokens, prompt_tokens=T,
+        image_tokens=inputs.image_tokens, method=method, budget=budget, kept=cache.kept,
+        cache_bytes=cache_bytes, full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
+        prefill_seconds=prefilled - start, decode_seconds=end - prefilled, new_tokens=len(tokens))
+
+
+def clock(model):
+    """Seconds, once the device has done all that was asked of it."""
+    if model.decoder.embed_tokens.weight.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Streamer:
+    """Passes on the text of a growing list of tokens, piece by piece. A character whose bytes are
+    not all there yet waits."""
+
+    def __init__(self, tokenizer, write):
+        self.tokenizer, self.write, self.shown = tokenizer, write, 0
+
+    def show(self, tokens, last=False):
+        """The text of all tokens so far."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if self.write and (last or not text.endswith("\ufffd")):
+            self.write(text[self.shown:])
+            self.shown = len(text)
+        return text
+
+
+# ---- reading what the user gave ------------------------------------------------------------------
+
+def open_image(path):
+    """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
+    if not Path(path).exists():
+        raise ValueError(f"--image {path}: no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"--image {path}: not a file; a picture (PNG, JPEG, ...) is right")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"--image {path}: too large; at most {Image.MAX_IMAGE_PIXELS:,} pixels "
+                         "are right") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"--image {path}: not a picture that Pillow can read") from None
+    except Exception as error:           # Pillow's decoders raise what they please at damaged files
+        raise ValueError(f"--image {path}: damaged ({error})") from None
+
+
+def find_scores(model, path):
+    """The visual scores (L, H): from the file at path, or if None from the model's folder. None if
+    that has no such file."""
+    if path is None and not (model.folder / SCORES_FILE).exists():
+        return None
+    return read_head_scores(path or model.folder / SCORES_FILE, model.config.layers,
+                            model.config.heads)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Bad input gets exactly one line and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def whole_number(low):
+    """An argparse type: a whole number of at least `low`."""
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return value
+    return convert
+
+
+def share(text):
+    """An argparse type: a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def device_name(text):
+    """An argparse type: auto, cpu, cuda or cuda:N, if there is such a device."""
+    try:
+        device = torch.device("cpu" if text == "auto" else text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not among the {torch.cuda.device_count()} "
+                                         "CUDA devices that PyTorch finds; cpu or auto is right")
+    return text
+
+
+def add_model_arguments(parser):
+    """--model, --device, --dtype and --seed, the same for every script."""
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_HUB_ID",
+                        help="a checkpoint's folder or hub id (default: the small model in tiny/)")
+    parser.add_argument("--device", type=device_name, default="auto",
+                        help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="auto: float32 on a CPU, the checkpoint's own on CUDA")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+
+
+def parse_arguments(argv):
+    parser = OneLineParser(
+        prog="sparsemm.py", description="Ask a question about an image, with SparseMM's KV cache.")
+    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="images, in order")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    parser.add_argument("--method", choices=METHODS, default="sparsemm", metavar="NAME",
+                        help="which entries to keep: %(choices)s")
+    parser.add_argument("--budget", type=whole_number(1), default=256, metavar="N",
+                        help="cache entries per KV head, on average (default 256)")
+    parser.add_argument("--window", type=whole_number(1), default=32, metavar="N",
+                        help="last positions of the prompt that every head keeps (default 32)")
+    parser.add_argument("--rho", type=share, default=0.1,
+                        help="share of the rest that all heads get alike (default 0.1)")
+    parser.add_argument("--no-redistribute", action="store_true",
+                        help="lose what exceeds the prompt's length, as the authors' code does")
+    parser.add_argument("--scores", metavar="FILE",
+                        help=f"visual head scores (default: {SCORES_FILE} in the model's folder)")
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=256, metavar="N")
+    parser.add_argument("--compare", action="store_true", help="run every method; print a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.budget < args.window:
+        parser.error(f"argument --budget: {args.budget} is below the window; at least "
+                     f"{args.window} (--window) is right")
+    if not args.prompt.strip():
+        parser.error(f"argument --prompt: {args.prompt!r} is empty; a question is right")
+    return parser, args
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def report(result, model):
+    """What happened, in a few lines."""
+    kept, T = sum(map(sum, result["kept"])), result["prompt_tokens"]
+    whole = len(result["kept"]) * len(result["kept"][0]) * T
+    evicted = f"{1 - kept / whole:.0%} evicted" if kept < whole else "nothing evicted"
+    weight = model.decoder.embed_tokens.weight
+    return (f"prompt  {T} tokens, {result['image_tokens']} of them image\n"
+            f"cache   {result['method']}, budget {result['budget']} per head: kept {kept:,} of "
+            f"{whole:,} entries, {evicted}\n"
+            f"memory  {result['cache_bytes'] / 1e6:,.2f} MB of cache instead of "
+            f"{result['full_cache_bytes'] / 1e6:,.2f} MB\n"
+            f"time    prefill {result['prefill_seconds']:.2f} s, {per_token(result)} ms per token, "
+            f"{result['new_tokens']} tokens ({weight.device}, {weight.dtype})")
+
+
+def per_token(result):
+    """Milliseconds per token after the first, as text; "-" if there was only one."""
+    steps = result["new_tokens"] - 1
+    return f"{1000 * result['decode_seconds'] / steps:.1f}" if steps else "-"
+
+
+def comparison_table(results, skipped):
+    """One line for each method."""
+    lines = [f"{'method':<10} {'kept entries':>13} {'cache bytes':>14} {'ms/token':>9}  answer"]
+    lines += [f"{r['method']:<10} {sum(map(sum, r['kept'])):>13,} {r['cache_bytes']:>14,} "
+              f"{per_token(r):>9}  {' / '.join(r['text'].splitlines())}" for r in results]
+    lines += [f"{name:<10} skipped: it needs visual head scores" for name in skipped]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser, args = parse_arguments(argv)
+    warnings.filterwarnings("ignore")                      # the user's input is not at fault there
+    try:
+        images = [open_image(path) for path in args.image]
+        model = load(args.model, args.device, args.dtype)
+        needs_scores = args.compare or args.method in NEEDS_SCORES
+        scores = find_scores(model, args.scores) if needs_scores else None
+        if needs_scores and scores is None and not args.compare:
+            raise ValueError(f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py "
+                             f"--model {args.model} makes it, and --method snapkv needs none")
+        run = partial(generate, model, images, args.prompt, budget=args.budget, window=args.window,
+                      rho=args.rho, redistribute=not args.no_redistribute, scores=scores,
+                      max_new_tokens=args.max_new_tokens, seed=args.seed)
+        if args.compare:
+            skipped = NEEDS_SCORES if scores is None else ()
+            results = [run(method=name) for name in METHODS if name not in skipped]
+            print(json.dumps({"runs": results}) if args.json
+                  else comparison_table(results, skipped))
+        elif args.json:
+            print(json.dumps(run(method=args.method)))
+        else:
+            result = run(method=args.method, stream=partial(print, end="", flush=True))
+            print()
+            print(report(result, model), file=sys.stderr)
+    except ValueError as error:
+        parser.error(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1035 @@
+"""Facts about the method, each of which can fail. Everything is offline, on small random models and
+the ones in tiny/.
+
+    pytest test_sparsemm.py
+
+Letters as in the scripts: L layers, H query heads, G KV heads, T prompt tokens, D head size, w
+window.
+"""
+
+import io
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaNextConfig,
+                          LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
+                          MistralConfig, PreTrainedTokenizerFast, Qwen2VLConfig,
+                          Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+from transformers.utils import logging
+
+import cache
+import model_llava
+import score_heads
+import sparsemm
+from cache import (METHODS, KVCache, allocate_budgets, make_method, observation_scores,
+                   select_entries)
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+HERE = Path(__file__).parent
+
+
+# ---- small random checkpoints, saved by transformers ---------------------------------------------
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+           "<|vision_end|>", "<|image_pad|>", "<unk>"]
+VOCABULARY = {token: i
+              for i, token in enumerate(SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)])}
+LLAVA_PINS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+
+
+def write_tokenizer(folder, bos):
+    """A tokenizer of characters; bos: whether it puts <s> in front, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                                  for token in SPECIAL])
+    tokenizer.decoder = decoders.Fuse()
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", VOCABULARY["<s>"])])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                            eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+
+
+def llava_config(text_class, L, H, G, D, tied, vision_layers=3):
+    """LLaVA-NeXT of tiles of 28 px, 16 tokens each. G is ignored by a Llama decoder, which is MHA
+    here."""
+    text = text_class(vocab_size=len(VOCABULARY), hidden_size=H * D, intermediate_size=2 * H * D,
+                      num_hidden_layers=L, num_attention_heads=H,
+                      num_key_value_heads=H if text_class is LlamaConfig else G,
+                      tie_word_embeddings=tied, rope_theta=500.0)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=vision_layers,
+                              num_attention_heads=2, image_size=28, patch_size=7, projection_dim=32)
+    return LlavaNextConfig(vision_config=vision, text_config=text,
+                           image_token_index=VOCABULARY["<image>"],
+                           image_grid_pinpoints=LLAVA_PINS, tie_word_embeddings=tied)
+
+
+def qwen_config(L, H, G, D, tied, sections):
+    return Qwen2VLConfig(
+        text_config=dict(vocab_size=len(VOCABULARY), hidden_size=H * D, intermediate_size=2 * H * D,
+                         num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G,
+                         rope_theta=300.0,
+                         rope_scaling={"type": "mrope", "mrope_section": sections,
+                                       "rope_theta": 300.0}),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=H * D, num_heads=2, patch_size=4,
+                           mlp_ratio=3),
+        image_token_id=VOCABULARY["<|image_pad|>"], video_token_id=VOCABULARY["<pad>"],
+        vision_start_token_id=VOCABULARY["<|vision_start|>"],
+        vision_end_token_id=VOCABULARY["<|vision_end|>"], tie_word_embeddings=tied)
+
+
+CHECKPOINTS = {  # heads, KV heads, layers and sizes vary, so that no mix-up of two numbers can hide
+    "vicuna": lambda: llava_config(LlamaConfig, L=3, H=4, G=4, D=16, tied=False),
+    "vicuna-tied": lambda: llava_config(LlamaConfig, L=2, H=3, G=3, D=8, tied=True,
+                                        vision_layers=4),
+    "mistral": lambda: llava_config(MistralConfig, L=2, H=6, G=2, D=8, tied=False),
+    "qwen": lambda: qwen_config(L=3, H=6, G=2, D=16, tied=False, sections=[2, 3, 3]),
+    "qwen-tied": lambda: qwen_config(L=2, H=4, G=2, D=24, tied=True, sections=[2, 4, 6]),
+}
+
+
+def random_model(name, seed=0):
+    """transformers' model with weights scaled so that different inputs give different tokens."""
+    config = CHECKPOINTS[name]()
+    torch.manual_seed(seed)
+    made = (LlavaNextForConditionalGeneration if config.model_type == "llava_next"
+            else Qwen2VLForConditionalGeneration)
+    model = made(config).eval()
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if p.dim() >= 2:
+                p.normal_(0, 1.5 / p[0].numel() ** 0.5)
+            elif ("norm" in parameter_name and "weight" in parameter_name
+                  or "ln_q.weight" in parameter_name):
+                p.uniform_(0.5, 1.5)
+            else:
+                p.normal_(0, 0.3)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def write_checkpoint(folder, name, **save):
+    """Saves random_model(name) with tokenizer, image processor and end tokens. Returns it."""
+    model = random_model(name)
+    model.save_pretrained(folder, **save)
+    write_tokenizer(folder, bos=not name.startswith("qwen"))
+    if name.startswith("qwen"):
+        Qwen2VLImageProcessorPil(patch_size=4, size={
+            "shortest_edge": 64, "longest_edge": 64 * 200}).save_pretrained(folder)
+    else:
+        LlavaNextImageProcessorPil(size={"shortest_edge": 28},
+                                   crop_size={"height": 28, "width": 28},
+                                   image_grid_pinpoints=LLAVA_PINS).save_pretrained(folder)
+    GenerationConfig(
+        eos_token_id=[VOCABULARY["</s>"], VOCABULARY["<|im_end|>"]]).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """name -> (folder, transformers' model, ours)"""
+    made = {}
+    for name in CHECKPOINTS:
+        folder = tmp_path_factory.mktemp(name)
+        reference = write_checkpoint(folder, name)
+        made[name] = folder, reference, model_llava.load(folder, "cpu", "float32")
+    return made
+
+
+def picture(width, height, seed=0):
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def reference_logits(reference, ours, prompt, images):
+    """transformers' logits (T, vocabulary) of the same ids; its own image processing of all images
+    in one call."""
+    inputs = dict(ours.processor.image_processor(images, return_tensors="pt")) if images else {}
+    if ours.config.family == "qwen2_vl" and images:
+        inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
+    with torch.no_grad():
+        return reference(input_ids=prompt.ids[None], **inputs).logits[0]
+
+
+# ---- the forward pass ----------------------------------------------------------------------------
+
+SIZES = {"square": [(50, 50)], "wide": [(200, 30)], "tall": [(20, 90)], "small": [(9, 9)],
+         "odd": [(37, 53)], "two": [(60, 33), (31, 77)], "text": []}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_equal_transformers(checkpoints, name, sizes):
+    _, reference, ours = checkpoints[name]
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    prompt = model_llava.prepare(ours, images, "What is it?")
+    with torch.inference_mode():
+        logits = ours.logits(ours.hidden_states(prompt))
+    expected = reference_logits(reference, ours, prompt, images)
+    assert expected.std() > 0.5                                            # not all the same
+    assert (logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_tokens_equal_transformers(checkpoints, name):
+    _, reference, ours = checkpoints[name]
+    images = [picture(45, 60)]
+    prompt = model_llava.prepare(ours, images, "What is the Total?")
+    inputs = dict(ours.processor.image_processor(images, return_tensors="pt"))
+    if ours.config.family == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
+    with torch.no_grad():
+        expected = reference.generate(
+            input_ids=prompt.ids[None], **inputs, max_new_tokens=16, do_sample=False,
+            eos_token_id=sorted(ours.processor.end_tokens), pad_token_id=0)
+    result = sparsemm.generate(ours, images, "What is the Total?", "full", max_new_tokens=16)
+    assert result["token_ids"] == expected[0, len(prompt.ids):].tolist()
+    assert len(set(result["token_ids"])) > 1
+
+
+VICUNA_7B = dict(
+    model_type="llava_next", image_token_index=32000, vision_feature_layer=-2,
+    projector_hidden_act="gelu",
+    image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    torch_dtype="float16",
+    text_config=dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5,
+                     vocab_size=32064),
+    vision_config=dict(model_type="clip_vision_model", hidden_size=1024, image_size=336,
+                       intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
+                       patch_size=14, projection_dim=768, vocab_size=32000))
+MISTRAL_7B = dict(VICUNA_7B, tie_word_embeddings=False, text_config=dict(
+    model_type="mistral", intermediate_size=14336, max_position_embeddings=32768,
+    num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
+    vocab_size=32064))
+QWEN_7B = dict(
+    model_type="qwen2_vl", image_token_id=151655, video_token_id=151656,
+    vision_start_token_id=151652, vision_end_token_id=151653, hidden_act="silu", hidden_size=3584,
+    intermediate_size=18944, max_position_embeddings=32768, max_window_layers=28,
+    num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-6,
+    rope_theta=1e6, sliding_window=32768, use_sliding_window=False, tie_word_embeddings=False,
+    torch_dtype="bfloat16", vocab_size=152064,
+    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+    vision_config=dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3,
+                       hidden_size=3584, patch_size=14, spatial_merge_size=2,
+                       spatial_patch_size=14, temporal_patch_size=2))
+QWEN_2B = dict(QWEN_7B, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+               num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936,
+               vision_config=dict(QWEN_7B["vision_config"], hidden_size=1536))
+GEOMETRIES = {"vicuna": (VICUNA_7B, (32, 32, 32, 128, 1e4)),
+              "mistral": (MISTRAL_7B, (32, 32, 8, 128, 1e6)),
+              "qwen": (QWEN_7B, (28, 28, 4, 128, 1e6)),
+              "qwen-2b": (QWEN_2B, (28, 12, 2, 128, 1e6))}
+
+
+@pytest.mark.parametrize("config, expected", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_published_checkpoints_have_exactly_our_tensors(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = model_llava.read_config(tmp_path)
+    assert (ours.layers, ours.heads, ours.kv_heads, ours.head_dim, ours.rope_theta) == expected
+    made = (LlavaNextForConditionalGeneration if ours.family == "llava_next"
+            else Qwen2VLForConditionalGeneration)
+    with torch.device("meta"):
+        reference = made(made.config_class.from_pretrained(tmp_path))
+        model = model_llava.MODELS[ours.family](ours)
+    theirs = {model_llava.hub_name(key, ours.family): tuple(p.shape)
+              for key, p in reference.named_parameters()}
+    assert {key: tuple(p.shape) for key, p in model.named_parameters()} == theirs
+
+
+def test_published_tensor_names():
+    """The hub's spelling, in which the two projects' tables could agree with each other and both be
+    wrong."""
+    with torch.device("meta"):
+        llava = model_llava.LlavaNext(
+            model_llava.convert_config(CHECKPOINTS["vicuna"](), "llava_next"))
+        qwen = model_llava.Qwen2VL(model_llava.convert_config(CHECKPOINTS["qwen"](), "qwen2_vl"))
+    assert {"image_newline", "language_model.lm_head.weight",
+            "language_model.model.embed_tokens.weight",
+            "language_model.model.layers.0.self_attn.q_proj.weight",
+            "multi_modal_projector.linear_1.bias",
+            "vision_tower.vision_model.embeddings.class_embedding",
+            "vision_tower.vision_model.pre_layrnorm.weight"} <= set(llava.state_dict())
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias",
+            "model.norm.weight", "visual.blocks.0.attn.qkv.weight", "visual.merger.ln_q.weight",
+            "visual.merger.mlp.2.bias", "visual.patch_embed.proj.weight"} <= set(qwen.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen"])
+def test_all_spellings_of_a_checkpoint_load_alike(checkpoints, tmp_path, name):
+    folder, reference, ours = checkpoints[name]
+    spellings = {"hub": {key: t.clone() for key, t in ours.state_dict().items()},
+                 "memory": {key: t.clone() for key, t in reference.state_dict().items()}}
+    old = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq" if name == "mistral" else \
+        "model.layers.0.self_attn.rotary_emb.inv_freq"
+    spellings["hub"][old] = torch.zeros(4)                            # some old files carry buffers
+    for spelling, tensors in spellings.items():
+        copy = tmp_path / spelling
+        shutil.copytree(folder, copy)
+        save_file(tensors, copy / "model.safetensors")
+        for key, tensor in model_llava.load(copy, "cpu", "float32").state_dict().items():
+            assert torch.equal(tensor, ours.state_dict()[key]), (spelling, key)
+
+
+def test_sharded_weights_load_alike(checkpoints, tmp_path):
+    write_checkpoint(tmp_path, "mistral", max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expected = checkpoints["mistral"][2].state_dict()
+    for key, tensor in model_llava.load(tmp_path, "cpu", "float32").state_dict().items():
+        assert torch.equal(tensor, expected[key])
+
+
+def test_dtypes(checkpoints):
+    folder = checkpoints["qwen"][0]
+    for name in ("bfloat16", "float16"):
+        model = model_llava.load(folder, "cpu", name)
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+        result = sparsemm.generate(model, [picture(40, 40)], "Hi", "snapkv", budget=40,
+                                   max_new_tokens=3)
+        assert result["cache_bytes"] == 2 * 16 * 2 * sum(map(sum, result["kept"]))
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+EXPECTED_PROMPTS = {"vicuna": "<s>USER: <image>\n<image>\nHi ASSISTANT:",
+                    "mistral": "<s>[INST] <image>\n<image>\nHi [/INST]",
+                    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+                            "<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n"
+                            "<|im_start|>assistant\n"}
+
+
+@pytest.mark.parametrize("name", EXPECTED_PROMPTS)
+def test_family_templates(checkpoints, name):
+    processor = checkpoints[name][2].processor
+    assert processor.tokenizer.decode(processor.token_ids(2, "Hi")) == EXPECTED_PROMPTS[name]
+
+
+def test_template_files_come_first_and_there_is_one_bos(checkpoints, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints["vicuna"][0], folder)
+    template = "{{ bos_token }}MARK{% for part in messages[0].content %}" \
+               "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}" \
+               "{% endfor %}"
+    config = model_llava.read_config(folder)
+    text = lambda: (p := model_llava.Processor(folder, config)).tokenizer.decode(
+        p.token_ids(1, "Hi"))
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": template.replace("MARK", "J")}))
+    assert text() == "<s>J<image>Hi"
+    (folder / "chat_template.jinja").write_text(template.replace("MARK", "X"))
+    assert text() == "<s>X<image>Hi"
+
+
+def test_end_tokens(checkpoints, tmp_path):
+    folder, _, ours = checkpoints["vicuna"]
+    assert ours.processor.end_tokens == {VOCABULARY["</s>"], VOCABULARY["<|im_end|>"]}
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert model_llava.Processor(copy, ours.config).end_tokens == {7}
+    (copy / "generation_config.json").unlink()
+    assert model_llava.Processor(copy, ours.config).end_tokens == {VOCABULARY["</s>"]}
+
+
+def test_generation_stops_at_any_end_token(checkpoints):
+    ours = checkpoints["vicuna"][2]
+    tokens = sparsemm.generate(ours, [picture(40, 40)], "Go", "full", max_new_tokens=9)["token_ids"]
+    before, ours.processor.end_tokens = ours.processor.end_tokens, {tokens[3], 0}
+    try:
+        result = sparsemm.generate(ours, [picture(40, 40)], "Go", "full", max_new_tokens=9)
+    finally:
+        ours.processor.end_tokens = before
+    assert result["token_ids"] == tokens[:tokens.index(tokens[3]) + 1]
+
+
+# ---- what every image token shows ----------------------------------------------------------------
+
+def seen_pixels(model, image, token, trials):
+    """Which of the `trials` (x, y) pixels of a black image change this token's pixels when painted
+    white, found by painting them one by one and running the image processor."""
+    def values(picture):
+        processed = model.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        return processed[0] if processed.dim() == 5 else processed
+    black = Image.new("RGB", (image.size[1], image.size[0]))
+    base, seen = values(black), []
+    for x, y in trials:
+        painted = black.copy()
+        painted.putpixel((x, y), (255, 255, 255))
+        difference = (values(painted) - base).abs()
+        seen.append(peak_token(model, image, difference) == token)
+    return seen
+
+
+def peak_token(model, image, difference):
+    """The grid token whose own pixels changed most."""
+    if model.config.family == "qwen2_vl":
+        merge = model.config.vision.spatial_merge_size ** 2
+        return int(difference.view(-1, merge * difference.shape[1]).sum(1).argmax())
+    s, patch = model.side, model.config.vision.patch_size
+    best = model_llava.best_resolution(image.size, model.config.pinpoints)
+    rows, columns = best[0] // (s * patch), best[1] // (s * patch)
+    tiles = (difference[1:].sum(1).view(rows, columns, s, patch, s, patch)
+             .sum((3, 5)))                                             # (rows, columns, s, s)
+    plane = tiles.transpose(1, 2).reshape(rows * s, columns * s)
+    r, c = divmod(int(plane.argmax()), columns * s)
+    down, across = model_llava.unpadded(rows * s, columns * s, image.size)
+    if not (down.start <= r < down.stop and across.start <= c < across.stop):
+        return None                                                      # cut away with the padding
+    return s * s + (r - down.start) * (image.grid[1] + 1) + c - across.start
+
+
+@pytest.mark.parametrize("size", [(50, 40), (130, 30), (25, 99), (61, 61)])
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_boxes_say_which_pixels_a_token_shows(checkpoints, name, size):
+    """A pixel painted white is brightest in the token whose box it lies in."""
+    ours = checkpoints[name][2]
+    image = model_llava.prepare(ours, [Image.new("RGB", size)], "Hi").images[0]
+    rng = random.Random(3)
+    for _ in range(25):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        centre = torch.tensor([x + 0.5, y + 0.5], dtype=torch.float64)
+        inside = ((image.boxes[:, :2] <= centre).all(1) & (centre < image.boxes[:, 2:]).all(1)
+                  & (image.kinds == 1))
+        edge = (image.boxes[inside].view(-1, 2, 2) - centre).abs().min() if inside.any() else 0
+        if edge < 1.0:
+            continue                                         # on a border, either neighbour will do
+        assert seen_pixels(ours, image, int(inside.nonzero()[0, 0]), [(x, y)]) == [True]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_boxes_tile_the_image(checkpoints, name):
+    """Grid boxes do not overlap, lie in the image and, where no padding was cut with an edge of it,
+    cover it."""
+    ours = checkpoints[name][2]
+    for size in [(56, 56), (84, 28), (40, 50), (130, 33)]:
+        image = model_llava.prepare(ours, [Image.new("RGB", size)], "Hi").images[0]
+        x0, y0, x1, y1 = image.boxes[image.kinds == 1].unbind(1)
+        assert (x0 >= 0).all() and (x1 <= size[0]).all() \
+            and (y0 >= 0).all() and (y1 <= size[1]).all()
+        area = ((x1 - x0) * (y1 - y0)).sum().item()
+        assert area == pytest.approx(size[0] * size[1], rel=0.12 if name == "vicuna" else 1e-9)
+        assert area <= size[0] * size[1] * (1 + 1e-9)
+        thumbnail = image.boxes[image.kinds == 0]
+        assert ((thumbnail[:, 2] - thumbnail[:, 0])
+                * (thumbnail[:, 3] - thumbnail[:, 1])).sum().item() == \
+            pytest.approx(size[0] * size[1] * (name == "vicuna"))
+        assert (image.boxes[image.kinds == 2] == 0).all()
+        assert (image.kinds == 2).sum() == (image.grid[0] if name == "vicuna" else 0)
+
+
+# ---- budgets -------------------------------------------------------------------------------------
+
+def test_budgets_by_hand():
+    """2 layers x 2 heads, b = 64, w = 32, rho = 0.1: r = 3.2, to share by score 4 * 32 * 0.9 =
+    115.2."""
+    s = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    #  32 + 3.2 + 28.8 = 64    35.2    35.2    32 + 3.2 + 86.4 = 121.6: the last takes the odd one
+    assert allocate_budgets(s, 64, 500).tolist() == [[64, 35], [35, 122]]
+    assert allocate_budgets(s, 64, 100, redistribute=False).tolist() == [[64, 35], [35, 100]]
+    #  21.6 do not fit the last head; the first, the only other one with a score, takes them: 85.6
+    assert allocate_budgets(s, 64, 100).tolist() == [[86, 35], [35, 100]]
+    #  b = 90, T = 100: both visual heads are full, 160 are left for the two others
+    assert allocate_budgets(s, 90, 100).tolist() == [[100, 80], [80, 100]]
+    #  rho = 0: heads without a score keep their window only; rho = 1: all alike
+    assert allocate_budgets(s, 64, 500, rho=0.0).tolist() == [[64, 32], [32, 128]]
+    assert allocate_budgets(s, 64, 500, rho=1.0).tolist() == [[64, 64], [64, 64]]
+    #  equal remainders: 32 + 1/3 each of three heads, and one entry goes to the first
+    assert allocate_budgets(torch.ones(1, 3), 33, 99, window=32, rho=0.0).tolist() == [[33, 33, 33]]
+    assert cache.round_to_total(torch.tensor([[1.5, 2.5], [3.5, 0.5]]), 8 + 0).tolist() == \
+        [[2, 3], [3, 0]]
+
+
+def test_budgets_sum_to_B():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(100):
+        L, G, T = 1 + trial % 5, 1 + trial % 7, 20 + 13 * trial
+        s = torch.rand(L, G, generator=generator) ** 8
+        b = 32 + trial * 5
+        budgets = allocate_budgets(s, b, T, rho=trial % 11 / 10)
+        assert budgets.sum() == min(b * L * G, L * G * T)
+        assert budgets.min() >= min(32, T) and budgets.max() <= T
+
+
+def test_uniform_scores_give_snapkv_budgets():
+    for b, T, rho in ((64, 500, 0.1), (33, 90, 0.0), (100, 101, 0.7)):
+        assert (allocate_budgets(torch.full((3, 5), 0.2), b, T, rho=rho) == b).all()
+
+
+def test_everything_is_kept_when_it_fits():
+    s = torch.tensor([[5.0, 1.0, 0.0]])
+    assert allocate_budgets(s, 200, 120).tolist() == [[120] * 3]
+    assert allocate_budgets(s, 64, 20).tolist() == [[20] * 3]              # T <= w
+
+
+def test_layers_may_differ_in_length():
+    budgets = allocate_budgets(torch.ones(3, 2), 100, torch.tensor([20, 60, 1000]))
+    assert budgets.sum() == 600 and budgets[0].tolist() == [20, 20] \
+        and budgets[1].tolist() == [60, 60]
+
+
+def slow_budgets(s, b, T, w, rho, redistribute):
+    """The budgets in exact fractions, head by head, the surplus handed out over and over."""
+    heads, N = [Fraction(x) for x in s.flatten().tolist()], s.numel()
+    B = b * N
+    free = B - N * w
+    ideal = [w + Fraction(rho) * free / N + (free - Fraction(rho) * free) * x / sum(heads)
+             for x in heads]
+    total = B
+    if redistribute:
+        total = min(B, N * T)
+        while (surplus := sum(max(Fraction(0), x - T) for x in ideal)) > 0:
+            ideal = [min(x, Fraction(T)) for x in ideal]
+            open_heads = [i for i in range(N) if ideal[i] < T]
+            if not open_heads:
+                break
+            shares = {i: heads[i] for i in open_heads}
+            if sum(shares.values()) == 0:
+                shares = {i: Fraction(1) for i in open_heads}
+            for i in open_heads:
+                ideal[i] += surplus * shares[i] / sum(shares.values())
+    whole = [x.numerator // x.denominator for x in ideal]
+    ranked = sorted(range(N), key=lambda i: (-(ideal[i] - whole[i]), i))
+    for i in ranked[:total - sum(whole)]:
+        whole[i] += 1
+    return torch.tensor([min(x, T) for x in whole]).view(s.shape)
+
+
+def test_budgets_equal_a_slow_twin():
+    rng = random.Random(0)
+    for trial in range(1000):
+        L, G = rng.randint(1, 4), rng.randint(1, 5)
+        s = torch.tensor([[rng.choice([0, 0, 1, 2, 5, 50, 1000]) / rng.choice([1, 2, 4, 8])
+                           for _ in range(G)] for _ in range(L)], dtype=torch.float64)
+        s[rng.randrange(L), rng.randrange(G)] += 1
+        w = rng.randint(1, 40)
+        arguments = (s, w + rng.randint(0, 200), rng.randint(1, 300), w,
+                     rng.choice([0.0, 0.125, 0.5, 1.0]))
+        for redistribute in (True, False):
+            got = allocate_budgets(*arguments, redistribute=redistribute)
+            assert torch.equal(got, slow_budgets(*arguments, redistribute)), arguments
+
+
+@pytest.mark.parametrize("change", [
+    dict(budget=31), dict(window=0), dict(rho=1.5), dict(rho=math.nan),
+    dict(scores=torch.zeros(2, 2)), dict(scores=-torch.ones(2, 2)), dict(length=0),
+    dict(scores=torch.tensor([[math.nan, 1]])), dict(length=[5, 5, 5])])
+def test_allocate_budgets_rejects(change):
+    with pytest.raises(ValueError):
+        allocate_budgets(**{**dict(scores=torch.ones(2, 2), budget=64, length=100), **change})
+
+
+def test_pyramid_budgets():
+    # n = 32 a head beyond the window: n_min = 32 // 20 = 1, n_max = 63; 63, 42.33, 21.67, 1
+    assert cache.pyramid_budgets(4, 64, 1000, 32).tolist() == [95, 74, 54, 33]
+    # no more than 50 - 32 = 18 fit; n = 12, n_min is raised to 6: 18, 14, 10, 6
+    assert cache.pyramid_budgets(4, 44, 50, 32).tolist() == [50, 46, 42, 38]
+    for b, T in ((33, 100), (90, 99), (256, 3000)):
+        budgets = cache.pyramid_budgets(7, b, T, 32)
+        assert budgets.sum() == 7 * b and budgets.max() <= T and budgets.min() >= 32
+    assert cache.pyramid_budgets(1, 64, 1000, 32).tolist() == [64]
+
+
+def test_adakv_budgets():
+    # n = 2 a head. Head 0 holds 9 of 10 in its best two, head 1 only 2 of 8: weights 0.9 and 0.25
+    a = torch.tensor([[5.0, 4, 0.5, 0.5, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    # ranked: 4.5, 3.6, 0.45, 0.45 | 0.25 ...: all four best are head 0's; 0.8 * 4 + 0.2 * 2 = 3.6,
+    # and 0.4
+    assert cache.adakv_budgets(a, 6, 4).tolist() == [8, 4]
+    generator = torch.Generator().manual_seed(1)
+    for n in (1, 7, 60):
+        budgets = cache.adakv_budgets(torch.rand(5, 68, generator=generator), 32 + n, 32)
+        assert budgets.sum() == 5 * (32 + n) and budgets.min() >= 32 and budgets.max() <= 100
+
+
+def test_every_method_spends_the_same_total():
+    q, k = torch.randn(6, 90, 8), torch.randn(3, 90, 8)
+    scores = torch.rand(4, 6)
+    for name in METHODS[1:]:
+        method = make_method(name, 4, 3, 90, budget=50, scores=scores)
+        total = sum(int(method.budgets(l, method.rank(q, k, 32)).sum()) for l in range(4))
+        assert total == 4 * 3 * 50, name
+
+
+def test_random_and_shuffled_are_drawn_once_from_the_seed():
+    scores = torch.rand(4, 6, dtype=torch.float64) ** 4
+    for name in ("random", "shuffled"):
+        first, again, other = (cache.head_weights(name, 4, 3, scores, seed) for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    visual = cache.kv_head_scores(scores, 3)
+    assert torch.allclose(visual[:, 0],
+                          scores[:, 0] + scores[:, 1])             # heads 0 and 1 share KV head 0
+    assert torch.equal(cache.head_weights("shuffled", 4, 3, scores, 0).flatten().sort().values,
+                       visual.flatten().sort().values)
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+def brute_force_observation(q, k, window, kernel):
+    (H, T, D), G = q.shape, k.shape[0]
+    pooled = torch.zeros(G, T - window)
+    for g in range(G):
+        mean = np.zeros(T - window)
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            for t in range(T - window, T):
+                row = np.array([float(q[h, t] @ k[g, j]) / math.sqrt(D) for j in range(t + 1)])
+                row = np.exp(row - row.max())
+                mean += (row / row.sum())[:T - window] / window / (H // G)
+        for j in range(T - window):
+            around = [mean[i] if 0 <= i < T - window else 0.0
+                      for i in range(j - kernel // 2, j + kernel // 2 + 1)]
+            pooled[g, j] = sum(around) / kernel
+    return pooled
+
+
+@pytest.mark.parametrize("H, G, T, D, w, kernel", [(4, 4, 20, 8, 5, 5), (6, 2, 17, 4, 3, 3),
+                                                   (2, 1, 9, 16, 8, 5), (3, 3, 12, 8, 1, 1)])
+def test_observation_scores_equal_brute_force(H, G, T, D, w, kernel):
+    torch.manual_seed(T)
+    q, k = torch.randn(H, T, D), torch.randn(G, T, D)
+    assert torch.allclose(observation_scores(q, k, w, kernel),
+                          brute_force_observation(q, k, w, kernel), atol=1e-6)
+
+
+def test_observation_of_a_prompt_within_the_window_is_empty():
+    assert observation_scores(torch.randn(4, 10, 8), torch.randn(2, 10, 8),
+                              window=32).shape == (2, 0)
+
+
+def test_observation_scores_are_float32_for_half_precision():
+    assert observation_scores(torch.randn(2, 40, 8).bfloat16(),
+                              torch.randn(2, 40, 8).bfloat16()).dtype == torch.float32
+
+
+def test_select_entries():
+    assert select_entries(torch.tensor([0.1, 0.9, 0.3, 0.9, 0.3]), 3).tolist() == \
+        [1, 2, 3]                                                      # tie at 0.3: the lower
+    assert select_entries(torch.zeros(6), 4).tolist() == [0, 1, 2, 3]
+    assert select_entries(torch.rand(5), 0).tolist() == []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        scores = torch.randint(0, 6, (30,), generator=generator).float()
+        n = int(torch.randint(0, 31, (1,), generator=generator))
+        expected = sorted(sorted(range(30), key=lambda i: (-scores[i].item(), i))[:n])
+        assert select_entries(scores, n).tolist() == expected
+
+
+def test_window_keeps_the_last_and_streaming_the_first_four_too():
+    q, k = torch.randn(2, 60, 8), torch.randn(2, 60, 8)
+    kept = {}
+    for name in ("window", "streaming"):
+        method = make_method(name, 1, 2, 60, budget=40, window=8)
+        scores = method.rank(q, k, 8)
+        kept[name] = select_entries(scores[0], 32).tolist() + list(range(52, 60))
+    assert kept["window"] == list(range(20, 60))
+    assert kept["streaming"] == [0, 1, 2, 3] + list(range(24, 60))
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+def test_cache_holds_what_it_keeps_and_appending_moves_nothing():
+    torch.manual_seed(0)
+    G, T, D, w = 2, 30, 4, 5
+    q, k, v = torch.randn(4, T, D), torch.randn(G, T, D), torch.randn(G, T, D)
+    held = KVCache(make_method("snapkv", 1, G, T, budget=12, window=w), w, reserve=3)
+    held.compress(0, q, k, v)
+    scores = observation_scores(q, k, w)
+    pointers = [[t.data_ptr() for t in head] for head in held[0]]
+    new = []
+    for step in range(3):
+        for g in range(G):
+            keep = select_entries(scores[g], 12 - w)
+            selected_k, recent_k, selected_v, recent_v = held[0][g]
+            assert torch.equal(selected_k, k[g, keep]) and torch.equal(selected_v, v[g, keep])
+            assert torch.equal(recent_k, torch.cat([k[g, -w:], *(a[g] for a, _ in new)]))
+            assert torch.equal(recent_v, torch.cat([v[g, -w:], *(b[g] for _, b in new)]))
+        assert held.num_bytes() == 2 * D * 4 * (sum(map(sum, held.kept)) + step * G)
+        new.append((torch.randn(G, 1, D), torch.randn(G, 1, D)))
+        held.append(0, *new[-1])
+        assert [[t.data_ptr() for t in head] for head in held[0]] == pointers
+    assert held.kept == [[12, 12]]
+    with pytest.raises(ValueError, match="reserve"):
+        held.append(0, *new[0])
+
+
+def test_full_method_equals_no_cache_at_all(checkpoints):
+    for name, (_, _, ours) in checkpoints.items():
+        images = [picture(70, 40)]
+        result = sparsemm.generate(ours, images, "Read this.", "full", max_new_tokens=8)
+        prompt, tokens = model_llava.prepare(ours, images, "Read this."), []
+        with torch.inference_mode():
+            for _ in result["token_ids"]:
+                hidden = ours.hidden_states(score_heads.force(prompt, tokens))
+                tokens.append(int(ours.logits(hidden[-1]).argmax()))
+        assert tokens == result["token_ids"], name
+        assert result["kept"] == [[len(prompt.ids)] * ours.config.kv_heads] * ours.config.layers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_beyond_the_prompt_equals_full(checkpoints, method):
+    ours = checkpoints["mistral"][2]
+    scores = torch.rand(ours.config.layers, ours.config.heads)
+    arguments = dict(images=[picture(60, 60)], prompt="What?", max_new_tokens=6, scores=scores)
+    full = sparsemm.generate(ours, method="full", **arguments)
+    T = full["prompt_tokens"]
+    for budget in (T, T + 100):
+        result = sparsemm.generate(ours, method=method, budget=budget, **arguments)
+        assert (result["token_ids"], result["kept"]) == (full["token_ids"], full["kept"])
+        assert result["cache_bytes"] == full["cache_bytes"] == full["full_cache_bytes"]
+
+
+def decode_logits(model, prompt, tokens, held):
+    """Logits (len(tokens), vocabulary) while `tokens` are forced after a prefill into the cache
+    `held`."""
+    with torch.inference_mode():
+        model.hidden_states(prompt, held)
+        first = int(prompt.positions.max()) + 1
+        return torch.stack([model.decode(token, first + i, held) for i, token in enumerate(tokens)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method):
+    """transformers' full attention, with a mask that hides from the new tokens what each head has
+    dropped."""
+    _, reference, ours = checkpoints[name]
+    c, images, tokens, w = ours.config, [picture(64, 50)], [40, 41, 60, 33, 70], 6
+    prompt = model_llava.prepare(ours, images, "What is it?")
+    T, n = len(prompt.ids), len(tokens)
+    selections = []
+    monkeypatch.setattr(
+        cache, "select_entries",
+        lambda scores, k: selections.append(select_entries(scores, k)) or selections[-1])
+    plan = make_method(method, c.layers, c.kv_heads, T, budget=20, window=w,
+                       scores=torch.rand(c.layers, c.heads))
+    logits = decode_logits(ours, prompt, tokens, KVCache(plan, w, reserve=n))
+    if method != "full":
+        assert sum(map(len, selections)) == (20 - w) * c.layers * c.kv_heads
+
+    def mask(layer):
+        seen = torch.ones(T + n, T + n).tril().bool().repeat(c.heads, 1, 1)
+        for h in range(c.heads):
+            dropped = torch.ones(T, dtype=torch.bool)
+            dropped[T - w:] = False
+            dropped[selections[layer * c.kv_heads + h * c.kv_heads // c.heads]] = False
+            seen[h, T:, :T] &= ~dropped
+        return torch.zeros(1, c.heads, T + n, T + n).masked_fill(~seen, -torch.inf)
+
+    layers = reference.model.language_model.layers
+    hooks = [layer.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs, m=mask(l): (args, {**kwargs, "attention_mask": m}),
+        with_kwargs=True) for l, layer in enumerate(layers)]
+    try:
+        expected = reference_logits(reference, ours, score_heads.force(prompt, tokens), images)[T:]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (logits - expected).abs().max() < 1e-4
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_prefill_memory_does_not_grow_with_the_square_of_the_prompt(checkpoints):
+    ours = checkpoints["qwen"][2]
+    c = ours.config
+    largest = []
+    for T in (1000, 2000):
+        prompt = model_llava.Prompt(torch.randint(0, 90, (T,)), torch.arange(T).expand(3, -1),
+                                    [], [], [])
+        with LargestTensor() as seen, torch.no_grad():
+            ours.hidden_states(prompt, KVCache(make_method("snapkv", c.layers, c.kv_heads, T), 32))
+        largest.append(seen.elements)
+    assert largest[1] <= 2.05 * largest[0] and largest[1] < 2000 * 2000 / 4
+    # and what the fused kernel uses inside: one head over 12,000 tokens, whose square would take
+    # 576 MB in float32
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model_llava.prefill_attention(*(torch.randn(1, 12000, 8) for _ in range(3)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000         # kilobytes
+
+
+# ---- scoring -------------------------------------------------------------------------------------
+
+def test_scores_equal_counting_with_attention_maps(checkpoints):
+    """One pass over peaks = transformers' full attention maps, counted token by token."""
+    for name in ("vicuna", "qwen"):
+        _, reference, ours = checkpoints[name]
+        image, text = picture(60, 45), "ab cd e"
+        words = [("ab", (2, 2, 30, 20)), ("cd", (31, 2, 58, 20)), ("e", (5, 25, 30, 44))]
+        scores, counted = score_heads.score_page(ours, image, words, text)
+        prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
+        P, shown = len(prompt.ids), prompt.images[0]
+        tokens = [VOCABULARY[c] for c in text]
+        inputs = dict(ours.processor.image_processor(image, return_tensors="pt"))
+        longer = score_heads.force(prompt, tokens)
+        if name == "qwen":
+            inputs["mm_token_type_ids"] = (longer.ids == ours.config.image_token).int()[None]
+        with torch.no_grad():
+            maps = reference(input_ids=longer.ids[None], output_attentions=True,
+                             **inputs).attentions
+        expected = torch.zeros_like(scores)
+        for i, word in enumerate([0, 0, None, 1, 1, None, 2]):
+            if word is None:
+                continue
+            x0, y0, x1, y1 = words[word][1]
+            region = {prompt.starts[0] + j for j, (a, b, c, d) in enumerate(shown.boxes.tolist())
+                      if shown.kinds[j] == model_llava.GRID
+                      and min(c, x1) > max(a, x0) and min(d, y1) > max(b, y0)}
+            for l, attention in enumerate(maps):
+                for h in range(ours.config.heads):
+                    if int(attention[0, h, P - 1 + i].argmax()) in region:
+                        expected[l, h] += 1 / len(region)
+        assert counted == 5 and expected.sum() > 0
+        assert torch.allclose(scores, expected)
+
+
+def test_alignment_survives_repeated_words_and_faults():
+    assert score_heads.align_tokens(list("to be"), ["to", "be"]) == [0, 0, None, 1, 1]
+    assert score_heads.align_tokens(["the", " ca", "t the"], ["the", "cat", "the"]) == [0, 1, 2]
+    assert score_heads.align_tokens(list("tXtal 5"), ["total", "5"]) == [0, None, 0, 0, 0, None, 1]
+
+
+def test_score_files(tmp_path):
+    per_page = [torch.rand(3, 4, dtype=torch.float64) for _ in range(5)]
+    score_heads.write_scores(per_page, tmp_path / "s.json")
+    expected = sum(per_page) / sum(per_page).sum()
+    assert torch.allclose(cache.read_head_scores(tmp_path / "s.json", 3, 4), expected, atol=1e-8)
+    table = json.loads((tmp_path / "s.json").read_text())
+    (tmp_path / "s.json").write_text(
+        json.dumps(dict(sorted(table.items(), reverse=True))))         # order is no matter
+    assert torch.allclose(cache.read_head_scores(tmp_path / "s.json", 3, 4), expected, atol=1e-8)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def run(capfd, *argv):
+    """(stdout, stderr) of the command."""
+    capfd.readouterr()
+    sparsemm.main([str(a) for a in argv])
+    return capfd.readouterr()
+
+
+RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "image_tokens", "method", "budget", "kept",
+               "cache_bytes", "full_cache_bytes", "prefill_seconds", "decode_seconds",
+               "new_tokens"}
+
+
+def test_command_json(checkpoints, capfd, tmp_path):
+    folder, _, ours = checkpoints["mistral"]
+    picture(50, 70).save(tmp_path / "a.png")
+    picture(30, 30).save(tmp_path / "b.png")
+    out, _ = run(capfd, "--model", folder, "--image", tmp_path / "a.png", tmp_path / "b.png",
+                 "--prompt", "Hi", "--method", "snapkv", "--budget", 40, "--max-new-tokens", 5,
+                 "--json")
+    result = json.loads(out)
+    assert set(result) == RESULT_KEYS
+    assert result["kept"] == [[40] * 2] * 2
+    assert result["cache_bytes"] == 2 * 8 * 4 * 160
+    assert result["full_cache_bytes"] == 2 * 8 * 4 * 2 * 2 * result["prompt_tokens"]
+    prompt = model_llava.prepare(ours, [picture(50, 70), picture(30, 30)], "Hi")
+    assert (result["prompt_tokens"], result["image_tokens"]) == \
+        (len(prompt.ids), prompt.image_tokens)
+    assert result["image_tokens"] == int((prompt.ids == VOCABULARY["<image>"]).sum())
+    assert result["new_tokens"] == len(result["token_ids"]) <= 5
+    assert result["text"] == ours.processor.tokenizer.decode(result["token_ids"],
+                                                             skip_special_tokens=True)
+
+
+def test_command_compares_every_method(checkpoints, capfd, tmp_path):
+    folder = checkpoints["vicuna"][0]
+    picture(50, 70).save(tmp_path / "a.png")
+    arguments = ("--model", folder, "--image", tmp_path / "a.png", "--prompt", "Hi",
+                 "--budget", 40, "--max-new-tokens", 3, "--compare")
+    out, _ = run(capfd, *arguments)
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert set(METHODS) <= set(lines)
+    assert "skipped" in lines["sparsemm"] and "skipped" in lines["shuffled"] \
+        and "skipped" not in lines["snapkv"]
+    score_heads.write_scores([torch.rand(3, 4, dtype=torch.float64)], tmp_path / "scores.json")
+    out, _ = run(capfd, *arguments, "--json", "--scores", tmp_path / "scores.json")
+    runs = json.loads(out)["runs"]
+    assert [r["method"] for r in runs] == list(METHODS)
+    assert all(set(r) == RESULT_KEYS for r in runs)
+    assert {sum(map(sum, r["kept"])) for r in runs[1:]} == {40 * 3 * 4}
+
+
+def test_command_needs_no_model_code_of_transformers(checkpoints, tmp_path):
+    picture(50, 70).save(tmp_path / "a.png")
+    code = """if True:
+        import importlib.abc, re, sys
+        class Block(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if re.match(r"transformers\\.models\\..*\\bmodeling_", name):
+                    raise ImportError(name)
+        sys.meta_path.insert(0, Block())
+        import sparsemm
+        for folder in sys.argv[2:]:
+            sparsemm.main(["--model", folder, "--image", sys.argv[1], "--prompt", "Hi",
+                           "--method", "snapkv", "--max-new-tokens", "2"])
+        assert not [m for m in sys.modules
+                    if re.match(r"transformers\\.models\\..*\\bmodeling_", m)]"""
+    folders = [str(checkpoints[name][0]) for name in ("vicuna", "mistral", "qwen")]
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png", *folders], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+def rejected(capfd, *argv):
+    """The one line on stderr of a command that ends with status 2 and says nothing on stdout."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        sparsemm.main([str(a) for a in argv])
+    out, err = capfd.readouterr()
+    assert end.value.code == 2
+    assert out == ""
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--prompt", "  "], ["--prompt", "empty"]),
+    (["--budget", 31], ["--budget", "31", "32"]),
+    (["--budget", 0], ["--budget", "0"]),
+    (["--budget", -5], ["--budget", "-5"]),
+    (["--budget", "many"], ["--budget", "many"]),
+    (["--window", 0], ["--window", "0", "1"]),
+    (["--rho", 1.5], ["--rho", "1.5", "between 0 and 1"]),
+    (["--rho", "nan"], ["--rho", "nan"]),
+    (["--max-new-tokens", 0], ["--max-new-tokens", "0"]),
+    (["--method", "best"], ["--method", "best", "snapkv"]),
+    (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
+    (["--device", "gpu"], ["--device", "gpu", "cuda"]),
+    (["--image", "none.png"], ["--image", "none.png", "no such file"]),
+    (["--image", "."], ["--image", ".", "not a file"]),
+    (["--image", __file__], ["--image", __file__, "not a picture"]),
+    (["--model", "no/such/folder"], ["no/such/folder", "no such folder"]),
+])
+def test_bad_arguments(capfd, arguments, expected):
+    line = rejected(capfd, "--prompt", "Hi", *arguments)
+    assert all(word in line for word in expected), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there(capfd):
+    assert "--device" in rejected(capfd, "--prompt", "Hi", "--device", "cuda")
+
+
+def test_damaged_images(capfd, tmp_path):
+    data = io.BytesIO()
+    picture(300, 300).save(data, "PNG")
+    (tmp_path / "cut.png").write_bytes(data.getvalue()[:5000])
+    assert "cut.png" in rejected(capfd, "--prompt", "Hi", "--image", tmp_path / "cut.png")
+    # the header of a PNG of 60,000 x 60,000 pixels
+    bomb = bytearray(data.getvalue())
+    bomb[16:24] = struct.pack(">II", 60000, 60000)
+    import zlib
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
+    (tmp_path / "bomb.png").write_bytes(bytes(bomb))
+    assert "too large" in rejected(capfd, "--prompt", "Hi", "--image", tmp_path / "bomb.png")
+
+
+def test_bad_checkpoints(checkpoints, capfd, tmp_path):
+    folder = checkpoints["qwen"][0]
+
+    def broken(name, change):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        change(copy)
+        return rejected(capfd, "--prompt", "Hi", "--method", "snapkv", "--model", copy)
+
+    def tensors(change):
+        def rewrite(copy):
+            weights = load_file(copy / "model.safetensors")
+            change(weights)
+            save_file(weights, copy / "model.safetensors")
+        return rewrite
+
+    assert "config.json" in broken("a", lambda copy: (copy / "config.json").unlink())
+    line = broken("b", lambda copy: (copy / "config.json").write_text('{"model_type": "gpt2"}'))
+    assert "gpt2" in line and "qwen2_vl" in line
+    assert "config.json" in broken("c", lambda copy: (copy / "config.json").write_text("[1, 2"))
+    assert "model.norm.weight" in broken("d", tensors(lambda w: w.pop("model.norm.weight")))
+    assert "extra.weight" in broken(
+        "e", tensors(lambda w: w.update({"extra.weight": torch.ones(2)})))
+    line = broken("f", tensors(lambda w: w.update({"model.norm.weight": torch.ones(5)})))
+    assert "model.norm.weight" in line and "[5]" in line and "[96]" in line
+    assert "model.safetensors" in broken("g", lambda copy: (copy / "model.safetensors").unlink())
+    assert "model.safetensors" in broken(
+        "h", lambda copy: (copy / "model.safetensors").write_bytes(b"junk" * 9))
+    assert "tokenizer" in broken("i", lambda copy: [p.unlink() for p in copy.glob("tokenizer*")])
+    line = rejected(capfd, "--prompt", "Hi", "--model", folder)
+    assert "score_heads.py" in line and "snapkv" in line
+
+
+GOOD_SCORES = {f"{l}-{h}": [0.5, 1] for l in range(3) for h in range(6)}
+
+
+@pytest.mark.parametrize("content, expected", [
+    (None, "cannot be read"),
+    ("{", "not JSON"),
+    ("[1]", "not an object"),
+    (json.dumps({k: v for k, v in GOOD_SCORES.items() if k != "2-5"}), "2-5"),
+    (json.dumps({**GOOD_SCORES, "2-6": [1]}), "2-6"),
+    (json.dumps({**GOOD_SCORES, "head": [1]}), "head"),
+    (json.dumps({**GOOD_SCORES, "1-1": []}), "1-1"),
+    (json.dumps({**GOOD_SCORES, "1-1": 3}), "1-1"),
+    (json.dumps({**GOOD_SCORES, "1-1": [-1]}), "1-1"),
+    (json.dumps({**GOOD_SCORES, "1-1": [math.nan]}), "1-1"),
+    (json.dumps({**GOOD_SCORES, "1-1": ["x"]}), "1-1"),
+    (json.dumps({key: [0] for key in GOOD_SCORES}), "all zero"),
+    (json.dumps(GOOD_SCORES)[:-1] + ', "0-0": [1]}', "twice"),
+])
+def test_bad_score_files(checkpoints, capfd, tmp_path, content, expected):
+    path = tmp_path / "scores.json"
+    if content is not None:
+        path.write_text(content)
+    line = rejected(capfd, "--prompt", "Hi", "--model", checkpoints["qwen"][0], "--scores", path)
+    assert "scores" in line and str(path) in line and expected in line
+
+
+def test_hub_without_network():
+    """In a process of its own: nothing, not even a library's warning, comes before the one line."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9",
+                   "HF_HUB_CACHE": "/nonexistent"}
+    done = subprocess.run([sys.executable, HERE / "sparsemm.py", "--model", "someone/some-model",
+                           "--prompt", "Hi"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "someone/some-model" in done.stderr
+
+
+def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
+    out, _ = run(capfd, "--model", checkpoints["vicuna"][0], "--prompt", "Hi",
+                 "--method", "snapkv", "--window", 500, "--budget", 500, "--max-new-tokens", 2,
+                 "--json")
+    result = json.loads(out)
+    assert result["kept"] == [[result["prompt_tokens"]] * 4] * 3
