@@ -1,6 +1,7 @@
 """Find the visual heads: which attention heads look at the text that is being written?
 
-    python score_heads.py [--model DIR_OR_HUB_ID] [--num 200] [--out FILE]
+    python score_heads.py [--model DIR_OR_HUB_ID] [--data FILE.json | --synthetic KIND] [--num 1000]
+    torchrun --nproc-per-node 8 -- score_heads.py ...               shares the pages among 8 GPUs
 
 OCR is the anchor task (arXiv 2506.05344, "Visual Head Identification"): of each token y_i of a
 page's transcript it is known where on the page its word stands, so it is known which image tokens
@@ -15,11 +16,13 @@ I_i show it.
 A head scores a hit when the arg-max of its attention row, over all keys, falls in I_i. A hit adds
 1/|I_i|, so that a small box counts more. The row is that of the query that emits y_i, which stands
 at y_{i-1}. Given the transcript (teacher forcing), one forward pass over prompt and transcript has
-every row that is needed, and no other row is ever computed.
+every row that is needed, and no other row is ever computed. The transcript is the model's own, or
+with --transcript truth what the page says.
 
 NOTE(paper): its figure can be read as the row of y_i's own query; the authors' code agrees with us.
 NOTE(official): there, box edges are divided by an integer tile size; our rectangles are exact.
-NOTE(official): there, a token counts only if its text occurs in one box alone; we align.
+NOTE(official): there, a token counts only if its text occurs in one box alone (--match unique); we
+align transcript and boxes, so that repeated words count, and a faulty transcript where it is right.
 
 Letters: L layers, H query heads, G KV heads, T tokens, D head size, P prompt tokens, n tokens of
 the transcript.
@@ -28,20 +31,24 @@ the transcript.
 import json
 import os
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from cache import read_head_scores
 from experiments.pages import KINDS, render_page
 from model_llava import GRID, load, prepare
-from sparsemm import SCORES_FILE, OneLineParser, add_model_arguments, whole_number
+from sparsemm import (SCORES_FILE, OneLineParser, add_model_arguments, generate, open_image,
+                      output_file, whole_number)
 
 OCR_PROMPT = "Provide all the OCR results of this image."
 
+
+# ---- one page ------------------------------------------------------------------------------------
 
 class PeakReader:
     """Stands where a cache would, and of each layer that passes by keeps where the last `rows`
@@ -69,7 +76,7 @@ def align_tokens(pieces, words):
 
     pieces: the text of each token; words: the texts of the boxes in reading order. The two are
     aligned over their characters, spaces left out, and a token belongs to the word that holds most
-    of its matched characters. So a repeated word counts, and a faulty transcript where it is right.
+    of its matched characters.
     """
     written = [(c, i) for i, piece in enumerate(pieces) for c in piece if not c.isspace()]
     printed = [(c, j) for j, word in enumerate(words) for c in word if not c.isspace()]
@@ -80,6 +87,16 @@ def align_tokens(pieces, words):
         for (_, i), (_, j) in zip(written[a:a + size], printed[b:b + size]):
             votes[i][j] = votes[i].get(j, 0) + 1
     return [max(vote, key=vote.get) if vote else None for vote in votes]
+
+
+def unique_tokens(pieces, words):
+    """As align_tokens, by the authors' rule: a token belongs to the only word that contains it."""
+    found = [[j for j, word in enumerate(words) if piece.strip() and piece.strip() in word]
+             for piece in pieces]
+    return [places[0] if len(places) == 1 else None for places in found]
+
+
+MATCHES = {"aligned": align_tokens, "unique": unique_tokens}
 
 
 def tokens_in_box(image, box):
@@ -100,83 +117,262 @@ def force(prompt, ids):
 
 
 @torch.inference_mode()
-def score_page(model, image, words, transcript):
-    """The visual scores of all heads on one page, (L, H) float64, and how many tokens counted.
+def score_page(model, image, words, ids, match="aligned"):
+    """The visual scores of all heads on one page.
 
-    image: PIL image; words: [(text, box), ...] in reading order; transcript: the text to force.
+    image: PIL image; words: [(text, box), ...] in reading order; ids: the transcript's tokens (n,);
+    match: which tokens count. Returns scores (L, H) float64, the number of tokens that counted,
+    and the number of hits.
     """
     prompt, tokenizer = prepare(model, [image], OCR_PROMPT), model.processor.tokenizer
-    ids = tokenizer(transcript, add_special_tokens=False).input_ids                          # (n,)
     reader = PeakReader(len(ids) + 1)                    # rows P-1 ... P-1+n; row P-1+i emits y_i
     model.hidden_states(force(prompt, ids), reader)
     peaks = torch.stack(reader.layers).cpu()                                         # (L, H, n + 1)
     regions = [tokens_in_box(prompt.images[0], box) + prompt.starts[0] for _, box in words]
-    belongs = align_tokens([tokenizer.decode([i]) for i in ids], [text for text, _ in words])
-    scores, counted = torch.zeros(peaks.shape[:2], dtype=torch.float64), 0
-    for i, word in enumerate(belongs):
+    pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+    scores, counted, hits = torch.zeros(peaks.shape[:2], dtype=torch.float64), 0, 0
+    for i, word in enumerate(MATCHES[match](pieces, [text for text, _ in words])):
         if word is not None and len(regions[word]) > 0:
-            scores += torch.isin(peaks[:, :, i], regions[word]) / len(regions[word])
-            counted += 1
-    return scores, counted
+            hit = torch.isin(peaks[:, :, i], regions[word])                                 # (L, H)
+            scores += hit / len(regions[word])
+            counted, hits = counted + 1, hits + int(hit.sum())
+    return scores, counted, hits
 
 
-def score_rendered(model, num, seed, size):
-    """Scores `num` rendered pages of the given (width, height). Returns a list of (L, H) tensors,
-    one for each page, and the number of tokens counted."""
-    per_page, counted = [], 0
-    for i in tqdm(range(num), unit="page"):
-        rng = random.Random(f"score heads {seed} {i}")
-        page = render_page(rng, KINDS[i % len(KINDS)], *size)
+def transcribe(model, image, text, whose):
+    """The tokens (n,) of a page's transcript: those of `text`, or what the model writes itself."""
+    if whose == "truth":
+        return model.processor.tokenizer(text, add_special_tokens=False).input_ids
+    ids = generate(model, [image], OCR_PROMPT, "full", max_new_tokens=1024)["token_ids"]
+    return [i for i in ids if i not in model.processor.end_tokens]
+
+
+# ---- where pages come from -----------------------------------------------------------------------
+
+@dataclass
+class Rendered:
+    """Pages drawn here. Page i is the same on every machine."""
+    kinds: tuple
+    seed: int
+    size: tuple                 # (width, height) in pixels
+    num: int
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, i):
+        """(PIL image, [(text, box), ...], transcript) of page i."""
+        rng = random.Random(f"score heads {self.seed} {i}")
+        page = render_page(rng, self.kinds[i % len(self.kinds)], *self.size)
         words = [(word.text, word.box) for line in page.lines for word in line]
-        scores, tokens = score_page(model, page.image, words, page.text)
-        per_page.append(scores)
-        counted += tokens
-    return per_page, counted
+        return page.image, words, page.text
 
 
-def write_scores(per_page, path):
-    """Writes {"layer-head": [one number per page]}, the authors' format, all of it or nothing."""
-    L, H = per_page[0].shape
-    table = {f"{l}-{h}": [round(scores[l, h].item(), 6) for scores in per_page]
-             for l in range(L) for h in range(H)}
+class Annotated:
+    """Pages of a JSON file in the layout of SynthDoG-detection: a list of {"id", "image_name",
+    "2_coord": [{"chunk": text, "coord": [[x, y], ...]}, ...]}, coordinates in pixels. Other OCR and
+    detection sets fit in, with a class name for the chunk. Images lie beside the file."""
+
+    def __init__(self, path, num):
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--data {path}: cannot be read ({error.strerror})") from None
+        except ValueError:
+            raise ValueError(f"--data {path}: not JSON") from None
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"--data {path}: not a list of pages")
+        self.folder, self.entries = Path(path).parent, entries[:num]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        """As Rendered. Raises ValueError that names an entry which cannot be read."""
+        entry = self.entries[i]
+        try:
+            words = []
+            for chunk in entry["2_coord"]:
+                x, y = zip(*((float(x), float(y)) for x, y in chunk["coord"]))
+                words.append((str(chunk["chunk"]), (min(x), min(y), max(x), max(y))))
+            image = open_image(self.folder / entry["image_name"])
+        except (KeyError, TypeError, ValueError) as error:
+            name = entry.get("id", i) if isinstance(entry, dict) else i
+            raise ValueError(f"entry {name}: {type(error).__name__} {error}") from None
+        return image, words, " ".join(text for text, _ in words)
+
+
+# ---- many pages ----------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """What is done so far, in a file beside the result, one for each process."""
+    path: Path
+    settings: dict
+    pages: dict                 # page number (as text) -> {"scores": [L*H], "tokens", "hits"}
+
+    def save(self):
+        write_json({"settings": self.settings, "pages": self.pages}, self.path)
+
+    @classmethod
+    def resume(cls, out, rank, settings, wanted):
+        """A Progress of this process, and the pages that any process has done before."""
+        done = {}
+        for path in sorted(out.parent.glob(f"{out.name}.part*[0-9]")) if wanted else []:
+            try:
+                part = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ValueError(f"--resume: {path} is not a file of ours") from None
+            if part["settings"] != settings:
+                raise ValueError(f"--resume: {path} was made with other settings; without --resume "
+                                 "it is begun anew")
+            done |= part["pages"]
+        return cls(Path(f"{out}.part{rank}"), settings, {}), done
+
+
+def score_pages(model, pages, progress, done, rank, ranks, match, whose, every=10):
+    """Scores the pages rank, rank + ranks, ... that are not done yet, and saves now and then.
+    Returns the errors of the pages that could not be read."""
+    errors = {}
+    mine = [i for i in range(rank, len(pages), ranks) if str(i) not in done]
+    for count, i in enumerate(tqdm(mine, unit="page", disable=rank > 0), 1):
+        try:
+            image, words, text = pages[i]
+        except ValueError as error:
+            errors[i] = str(error)
+            continue
+        ids = transcribe(model, image, text, whose)
+        scores, tokens, hits = score_page(model, image, words, ids, match)
+        progress.pages[str(i)] = dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits)
+        if count % every == 0 or count == len(mine):
+            progress.save()
+    return errors
+
+
+def write_json(content, path):
+    """All of it or nothing: to a file beside it, which is then renamed."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(table) + "\n")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
-def summary(s):
-    """Text: the ten best heads of s (L, H), which sums to 1, and what the best ones hold."""
-    values, order = s.flatten().sort(descending=True)
-    lines = ["layer  head   share"]
-    lines += [f"{i // s.shape[1]:5d} {i % s.shape[1]:5d} {value:7.2%}"
-              for value, i in zip(values[:10].tolist(), order.tolist())]
+def write_scores(per_page, path):
+    """Writes {"layer-head": [one number per page]}, the authors' format. per_page: (L, H) each."""
+    L, H = per_page[0].shape
+    write_json({f"{l}-{h}": [round(float(scores[l, h]), 6) for scores in per_page]
+                for l in range(L) for h in range(H)}, path)
+
+
+# ---- what the user sees --------------------------------------------------------------------------
+
+def gini(values):
+    """Gini coefficient of non-negative values: 0 if all are alike, near 1 if one holds all."""
+    x, n = values.flatten().sort().values, values.numel()
+    return (2 * (torch.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n).item()
+
+
+def top_share(values, part):
+    """(how many values are the top `part` of them, what share of the sum these hold)."""
+    n = max(1, round(part * values.numel()))
+    return n, (values.flatten().sort(descending=True).values[:n].sum() / values.sum()).item()
+
+
+def summary(s, shades=" .:-=+*#%@"):
+    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is, and a map."""
+    (L, H), lines = s.shape, ["layer  head   share"]
+    for i in s.flatten().argsort(descending=True, stable=True)[:10].tolist():
+        lines.append(f"{i // H:5d} {i % H:5d} {s[i // H, i % H]:7.2%}")
     for part in (0.01, 0.05, 0.10):
-        n = max(1, round(part * len(values)))
-        lines.append(f"top {part:4.0%}, {n} of {len(values)} heads: {values[:n].sum():.1%}")
+        n, held = top_share(s, part)
+        lines.append(f"top {part:4.0%} ({n} of {L * H} heads) hold {held:.1%}")
+    lines += [f"Gini coefficient {gini(s):.3f}", "", "layer  share  heads 0 to " + str(H - 1)]
+    for l in range(L):
+        cells = "".join(shades[min(len(shades) - 1, int(x * len(shades) / s.max()))] for x in s[l])
+        lines.append(f"{l:5d} {s[l].sum():6.1%}  |{cells}|")
     return "\n".join(lines)
 
 
-def main(argv=None):
-    parser = OneLineParser(prog="score_heads.py",
-                           description="Count how often each head looks at the text being written.")
-    parser.add_argument("--num", type=whole_number(1), default=200, help="pages (default 200)")
-    parser.add_argument("--width", type=whole_number(32), default=256, help="of a page, in pixels")
-    parser.add_argument("--height", type=whole_number(32), default=384, help="of a page, in pixels")
-    parser.add_argument("--out", metavar="FILE",
+# ---- the command ---------------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    parser = OneLineParser(
+        prog="score_heads.py",
+        description="Count how often each head looks at the text that is being written.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="FILE", help="annotated pages: SynthDoG-detection's JSON")
+    source.add_argument("--synthetic", choices=("all", *KINDS), default="all",
+                        help="which pages to render if there is no --data (default all)")
+    parser.add_argument("--num", type=whole_number(1), default=1000, help="pages (default 1000)")
+    parser.add_argument("--width", type=whole_number(32), default=256, help="rendered page, pixels")
+    parser.add_argument("--height", type=whole_number(32), default=384, help="(default 256 x 384)")
+    parser.add_argument("--transcript", choices=("model", "truth"), default="model",
+                        help="whose transcript is forced (default: the model's own)")
+    parser.add_argument("--match", choices=tuple(MATCHES), default="aligned",
+                        help="which tokens count (default: all that can be aligned with a box)")
+    parser.add_argument("--out", type=output_file, metavar="FILE",
                         help=f"default: {SCORES_FILE} in the model's folder")
+    parser.add_argument("--heatmap", type=output_file, metavar="PNG",
+                        help="also draw a layer x head map")
+    parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
     add_model_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_arguments(argv)
+    rank, ranks = 0, 1
+    if dist.is_torchelastic_launched():                                            # under torchrun
+        dist.init_process_group("gloo")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        if args.device in ("auto", "cuda") and torch.cuda.is_available():
+            args.device = f"cuda:{dist.get_node_local_rank()}"
+    kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
+    settings = dict(model=args.model, data=args.data, synthetic=None if args.data else kinds,
+                    size=[args.width, args.height], seed=args.seed, match=args.match,
+                    transcript=args.transcript, dtype=args.dtype)
+    settings = json.loads(json.dumps(settings))                     # as they come back from a file
     try:
+        pages = (Annotated(args.data, args.num) if args.data else
+                 Rendered(kinds, args.seed, (args.width, args.height), args.num))
         model = load(args.model, args.device, args.dtype)
+        out = args.out or model.folder / SCORES_FILE
+        progress, done = Progress.resume(out, rank, settings, args.resume)
+        errors = score_pages(model, pages, progress, done, rank, ranks, args.match, args.transcript)
+        gathered = [(progress.pages, errors)]
+        if ranks > 1:
+            gathered = [None] * ranks
+            dist.all_gather_object(gathered, (progress.pages, errors))
+        if rank == 0:
+            for pages_of_rank, errors_of_rank in gathered:
+                done |= pages_of_rank
+                errors |= errors_of_rank
+            finish(args, model, out, settings, len(pages), done, errors)
     except ValueError as error:
         parser.error(error)
-    out = Path(args.out or model.folder / SCORES_FILE)
-    per_page, counted = score_rendered(model, args.num, args.seed, (args.width, args.height))
-    if sum(per_page).sum() == 0:
-        parser.error(f"argument --model: no head of {args.model} looked at the text even once")
-    write_scores(per_page, out)
-    print(f"{args.num} pages, {counted:,} tokens counted; wrote {out}")
-    print(summary(read_head_scores(out, model.config.layers, model.config.heads)))
+
+
+def finish(args, model, out, settings, num, done, errors):
+    """Writes the score file, its sidecar and the heat map, and prints what they say."""
+    (L, H), done = (model.config.layers, model.config.heads), dict(done)
+    chosen = [done[str(i)] for i in range(num) if str(i) in done]
+    for i, error in sorted(errors.items())[:10]:
+        print(f"skipped page {i}: {error}")
+    tokens, hits = (sum(page[what] for page in chosen) for what in ("tokens", "hits"))
+    if hits == 0:
+        raise ValueError(f"no head of {args.model} looked at a word while writing it: "
+                         f"{len(chosen)} of {num} pages could be read, {tokens} tokens counted")
+    write_scores([torch.tensor(page["scores"]).view(L, H) for page in chosen], out)
+    write_json(dict(settings, pages=len(chosen), skipped=len(errors), tokens=tokens, hits=hits),
+               out.with_suffix(".about.json"))
+    for part in out.parent.glob(f"{out.name}.part*[0-9]"):
+        part.unlink()
+    s = read_head_scores(out, L, H)
+    print(f"{len(chosen)} pages, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
+          f"wrote {out}")
+    print(summary(s))
+    if args.heatmap:
+        from experiments.draw import heat_map
+        heat_map(s, args.heatmap, f"{Path(args.model).name}: visual scores, {len(chosen)} pages")
 
 
 if __name__ == "__main__":

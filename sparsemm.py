@@ -19,6 +19,7 @@ MLLMs", ICCV 2025, arXiv 2506.05344.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -56,11 +57,10 @@ def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rh
 
     Raises ValueError for bad arguments.
     """
-    c = model.config
-    inputs = prepare(model, images, prompt)
-    T = len(inputs.ids)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    c, inputs = model.config, prepare(model, images, prompt)
+    T = len(inputs.ids)
     if T + max_new_tokens > c.max_tokens:
         raise ValueError(f"prompt of {T} tokens and {max_new_tokens} new ones exceed the sliding "
                          f"window of {c.max_tokens}, which is not built here")
@@ -187,6 +187,15 @@ def device_name(text):
     return text
 
 
+def output_file(text):
+    """An argparse type: a file that can be written, so that no long run ends in vain."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; a file in a folder that "
+                                         "exists is right")
+    return path
+
+
 def add_model_arguments(parser):
     """--model, --device, --dtype and --seed, the same for every script."""
     parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_HUB_ID",
@@ -218,8 +227,17 @@ def parse_arguments(argv):
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=256, metavar="N")
     parser.add_argument("--compare", action="store_true", help="run every method; print a table")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--show-heads", type=output_file, metavar="FILE",
+                        help="draw where the best and the worst heads look: a PNG of one token of "
+                             "the answer, or a GIF of all")
+    parser.add_argument("--show-token", type=whole_number(0), default=0, metavar="N",
+                        help="which token of the answer the PNG shows (default 0)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    if args.show_heads and args.show_heads.suffix.lower() not in (".png", ".gif"):
+        parser.error(f"argument --show-heads: {args.show_heads} must end in .png or .gif")
+    if args.show_heads and len(args.image) != 1:
+        parser.error(f"argument --show-heads: needs one --image, not {len(args.image)}")
     if args.budget < args.window:
         parser.error(f"argument --budget: {args.budget} is below the window; at least "
                      f"{args.window} (--window) is right")
@@ -233,12 +251,12 @@ def parse_arguments(argv):
 def report(result, model):
     """What happened, in a few lines."""
     kept, T = sum(map(sum, result["kept"])), result["prompt_tokens"]
-    whole = len(result["kept"]) * len(result["kept"][0]) * T
-    evicted = f"{1 - kept / whole:.0%} evicted" if kept < whole else "nothing evicted"
+    heads = len(result["kept"]) * len(result["kept"][0])
+    evicted = f"{1 - kept / (heads * T):.0%} evicted" if kept < heads * T else "nothing evicted"
     weight = model.decoder.embed_tokens.weight
     return (f"prompt  {T} tokens, {result['image_tokens']} of them image\n"
-            f"cache   {result['method']}, budget {result['budget']} per head: kept {kept:,} of "
-            f"{whole:,} entries, {evicted}\n"
+            f"cache   {result['method']}, budget {result['budget']} x {heads} KV heads = "
+            f"{result['budget'] * heads:,}: kept {kept:,} of {heads * T:,} entries, {evicted}\n"
             f"memory  {result['cache_bytes'] / 1e6:,.2f} MB of cache instead of "
             f"{result['full_cache_bytes'] / 1e6:,.2f} MB\n"
             f"time    prefill {result['prefill_seconds']:.2f} s, {per_token(result)} ms per token, "
@@ -266,9 +284,9 @@ def main(argv=None):
     try:
         images = [open_image(path) for path in args.image]
         model = load(args.model, args.device, args.dtype)
-        needs_scores = args.compare or args.method in NEEDS_SCORES
+        needs_scores = args.compare or args.method in NEEDS_SCORES or args.show_heads
         scores = find_scores(model, args.scores) if needs_scores else None
-        if needs_scores and scores is None and not args.compare:
+        if needs_scores and scores is None and (args.show_heads or not args.compare):
             raise ValueError(f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py "
                              f"--model {args.model} makes it, and --method snapkv needs none")
         run = partial(generate, model, images, args.prompt, budget=args.budget, window=args.window,
@@ -279,12 +297,14 @@ def main(argv=None):
             results = [run(method=name) for name in METHODS if name not in skipped]
             print(json.dumps({"runs": results}) if args.json
                   else comparison_table(results, skipped))
-        elif args.json:
-            print(json.dumps(run(method=args.method)))
         else:
-            result = run(method=args.method, stream=partial(print, end="", flush=True))
-            print()
+            show = None if args.json else partial(print, end="", flush=True)
+            result = run(method=args.method, stream=show)
+            print(json.dumps(result) if args.json else "")
             print(report(result, model), file=sys.stderr)
+        if args.show_heads:
+            from experiments.draw import show_heads
+            show_heads(model, images[0], args.prompt, scores, args.show_heads, args.show_token)
     except ValueError as error:
         parser.error(error)
 

@@ -695,6 +695,20 @@ def test_budget_beyond_the_prompt_equals_full(checkpoints, method):
         assert result["cache_bytes"] == full["cache_bytes"] == full["full_cache_bytes"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_equals_cpu(checkpoints, method):
+    for name in ("vicuna", "mistral", "qwen"):
+        folder, _, ours = checkpoints[name]
+        there = model_llava.load(folder, "cuda", "float32")
+        arguments = dict(images=[picture(64, 50)], prompt="What is it?", method=method, budget=40,
+                         scores=torch.ones(ours.config.layers, ours.config.heads).cumsum(1),
+                         max_new_tokens=6)
+        results = [sparsemm.generate(model, **arguments) for model in (ours, there)]
+        assert results[0]["token_ids"] == results[1]["token_ids"]
+        assert results[0]["kept"] == results[1]["kept"]
+
+
 def decode_logits(model, prompt, tokens, held):
     """Logits (len(tokens), vocabulary) while `tokens` are forced after a prefill into the cache
     `held`."""
@@ -784,10 +798,10 @@ def test_scores_equal_counting_with_attention_maps(checkpoints):
         _, reference, ours = checkpoints[name]
         image, text = picture(60, 45), "ab cd e"
         words = [("ab", (2, 2, 30, 20)), ("cd", (31, 2, 58, 20)), ("e", (5, 25, 30, 44))]
-        scores, counted = score_heads.score_page(ours, image, words, text)
-        prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
-        P, shown = len(prompt.ids), prompt.images[0]
         tokens = [VOCABULARY[c] for c in text]
+        scores, counted, hits = score_heads.score_page(ours, image, words, tokens)
+        prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
+        P, shown, hit = len(prompt.ids), prompt.images[0], 0
         inputs = dict(ours.processor.image_processor(image, return_tensors="pt"))
         longer = score_heads.force(prompt, tokens)
         if name == "qwen":
@@ -807,7 +821,8 @@ def test_scores_equal_counting_with_attention_maps(checkpoints):
                 for h in range(ours.config.heads):
                     if int(attention[0, h, P - 1 + i].argmax()) in region:
                         expected[l, h] += 1 / len(region)
-        assert counted == 5 and expected.sum() > 0
+                        hit += 1
+        assert (counted, hits) == (5, hit) and hit > 0
         assert torch.allclose(scores, expected)
 
 
@@ -815,6 +830,203 @@ def test_alignment_survives_repeated_words_and_faults():
     assert score_heads.align_tokens(list("to be"), ["to", "be"]) == [0, 0, None, 1, 1]
     assert score_heads.align_tokens(["the", " ca", "t the"], ["the", "cat", "the"]) == [0, 1, 2]
     assert score_heads.align_tokens(list("tXtal 5"), ["total", "5"]) == [0, None, 0, 0, 0, None, 1]
+
+
+def test_unique_match_counts_what_one_word_alone_contains():
+    pieces = ["the", " ", "cat", "c", "hat", "5"]
+    assert score_heads.unique_tokens(pieces, ["the", "cat", "the", "hats", "c5"]) == \
+        [None, None, 1, None, 3, 4]
+
+
+def plant(monkeypatch, model, planted, targets, elsewhere):
+    """Makes the model's planted (layer, head) look at targets[i] while token i is emitted, and all
+    other heads at `elsewhere`."""
+    c = model.config
+
+    def hidden_states(prompt, reader):
+        T = len(prompt.ids)
+        first = T - reader.rows
+        k = torch.eye(T).expand(c.kv_heads, T, T)
+        for layer in range(c.layers):
+            q = torch.zeros(c.heads, T, T)
+            q[:, :, elsewhere] = 1
+            for i, target in enumerate(targets):
+                if planted[0] == layer:
+                    q[planted[1], first + i] = 0
+                    q[planted[1], first + i, target] = 1
+            reader.compress(layer, q, k, None)
+
+    monkeypatch.setattr(model, "hidden_states", hidden_states)
+
+
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
+def test_a_planted_head_scores_and_no_other(checkpoints, monkeypatch, name):
+    """Words at all four edges of a wide image, so that LLaVA's unpadding and newlines matter."""
+    ours = checkpoints[name][2]
+    image = picture(150, 60)
+    words = [("a", (0, 0, 20, 14)), ("b", (130, 0, 150, 14)), ("a", (0, 46, 20, 60)),
+             ("c", (130, 46, 150, 60))]
+    prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
+    shown, start = prompt.images[0], prompt.starts[0]
+    targets = []
+    for _, (x0, y0, x1, y1) in words:            # the grid token that shows the middle of the word
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        targets.append(start + next(
+            j for j, (a, b, c, d) in enumerate(shown.boxes.tolist())
+            if shown.kinds[j] == model_llava.GRID and a <= x < c and b <= y < d))
+    newlines = (shown.kinds == model_llava.NEWLINE).nonzero()[:, 0]
+    elsewhere = start + int(newlines[0]) if len(newlines) else start - 1
+    plant(monkeypatch, ours, (1, 2), targets, elsewhere)
+    scores, counted, hits = score_heads.score_page(ours, image, words,
+                                                   [VOCABULARY[c] for c in "abac"])
+    expected = sum(1 / len(score_heads.tokens_in_box(shown, box)) for _, box in words)
+    assert (counted, hits) == (4, 4)
+    assert scores[1, 2] == pytest.approx(expected) and scores.sum() == scores[1, 2]
+    # the same look with the words' boxes exchanged is no hit, except for the repeated "a"
+    moved = [("a", words[3][1]), ("b", words[2][1]), ("a", words[1][1]), ("c", words[0][1])]
+    assert score_heads.score_page(ours, image, moved, [VOCABULARY[c] for c in "abac"])[2] == 0
+
+
+def test_thumbnail_and_newline_tokens_never_count(checkpoints):
+    shown = model_llava.prepare(checkpoints["vicuna"][2], [picture(150, 60)], "Hi").images[0]
+    inside = score_heads.tokens_in_box(shown, (0, 0, 150, 60))
+    assert (shown.kinds[inside] == model_llava.GRID).all()
+    assert len(inside) == shown.grid[0] * shown.grid[1]
+
+
+def test_boxes_outside_the_image_or_without_area_cover_nothing(checkpoints):
+    shown = model_llava.prepare(checkpoints["qwen"][2], [picture(80, 64)], "Hi").images[0]
+    for box in [(90, 0, 120, 10), (-20, -20, -1, -1), (5, 5, 5, 30), (5, 5, 30, 5), (9, 9, 4, 4)]:
+        assert len(score_heads.tokens_in_box(shown, box)) == 0
+    assert len(score_heads.tokens_in_box(shown, (-50, -50, 500, 500))) == len(shown)
+    assert len(score_heads.tokens_in_box(shown, (8, 8, 16, 16))) == 1       # one cell, edges touch
+
+
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_tokens_in_box_equal_pixel_counting(checkpoints, name):
+    """200 images of random size: a token is in the box if some point of a fine lattice lies in both
+    of them."""
+    ours, rng = checkpoints[name][2], random.Random(5)
+    for _ in range(200):
+        width, height = rng.randint(20, 150), rng.randint(20, 150)
+        processed = {"image_grid_thw": torch.tensor([[1, 2 * rng.randint(1, 9),
+                                                      2 * rng.randint(1, 9)]])}
+        shown = ours.lay_out((height, width), processed)
+        x0, y0 = rng.randint(0, width - 2), rng.randint(0, height - 2)
+        box = x0, y0, rng.randint(x0 + 1, width), rng.randint(y0 + 1, height)
+        step = 1 / 16
+        xs, ys = (torch.arange(low + step / 2, high, step, dtype=torch.float64)
+                  for low, high in ((box[0], box[2]), (box[1], box[3])))
+        seen = {i for i, (a, b, c, d) in enumerate(shown.boxes.tolist())
+                if shown.kinds[i] == model_llava.GRID
+                and ((xs >= a) & (xs < c)).any() and ((ys >= b) & (ys < d)).any()}
+        found = set(score_heads.tokens_in_box(shown, box).tolist())
+        sliver = {i for i in found - seen for a, b, c, d in [shown.boxes[i].tolist()]
+                  if min(min(c, box[2]) - max(a, box[0]), min(d, box[3]) - max(b, box[1])) < step}
+        assert seen <= found and found - seen == sliver
+
+
+def test_one_pass_equals_step_by_step(checkpoints):
+    """The hits of one pass over a transcript are those seen while it is decoded token by token."""
+    ours = checkpoints["mistral"][2]
+    c, image = ours.config, picture(70, 50)
+    ids = score_heads.transcribe(ours, image, "", "model")[:20]
+    prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
+    reader = score_heads.PeakReader(len(ids) + 1)
+    with torch.inference_mode():
+        ours.hidden_states(score_heads.force(prompt, ids), reader)
+        for i in range(len(ids) + 1):
+            step = score_heads.PeakReader(1)
+            ours.hidden_states(score_heads.force(prompt, ids[:i]), step)
+            for layer in range(c.layers):
+                assert torch.equal(step.layers[layer][:, 0], reader.layers[layer][:, i])
+
+
+def score(folder, out, *more):
+    score_heads.main(["--model", str(folder), "--width", "64", "--height", "48", "--out", str(out),
+                      "--transcript", "truth", *map(str, more)])
+    return out.read_text()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp_path, capsys):
+    folder = checkpoints["qwen"][0]
+    whole = score(folder, tmp_path / "whole.json", "--num", 25)
+    real, calls = score_heads.score_page, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(score_heads, "score_page", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score(folder, tmp_path / "cut.json", "--num", 25)
+    assert not (tmp_path / "cut.json").exists()
+    with pytest.raises(SystemExit):                                  # other settings: not mixed up
+        score(folder, tmp_path / "cut.json", "--num", 25, "--resume", "--seed", 1)
+    assert score(folder, tmp_path / "cut.json", "--num", 25, "--resume") == whole
+    assert len(calls) == 14 + 15                                     # ten pages had been saved
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "cut.about.json", "cut.json", "whole.about.json", "whole.json"]
+    about = json.loads((tmp_path / "whole.about.json").read_text())
+    assert about["pages"] == 25 and about["tokens"] > 25 and about["hits"] > 0
+
+
+def test_two_processes_equal_one(checkpoints, tmp_path):
+    folder = checkpoints["qwen"][0]
+    one = score(folder, tmp_path / "one.json", "--num", 7)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--", HERE / "score_heads.py", "--model", folder, "--width", "64", "--height", "48",
+         "--transcript", "truth", "--num", "7", "--out", tmp_path / "two.json"],
+        capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.json").read_text() == one
+
+
+def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
+    picture(64, 48).save(tmp_path / "a.png")
+    word = {"chunk": "ab", "coord": [[2, 3], [30, 20]]}
+    dog = {"chunk": "dog", "coord": [[40, 5], [60, 5], [60, 40], [40, 40]]}
+    entries = [{"id": "one", "image_name": "a.png", "2_coord": [word]},
+               {"id": "gone", "image_name": "b.png", "2_coord": [word]},
+               {"id": "odd", "image_name": "a.png", "2_coord": [{"chunk": "x"}]}, "nothing",
+               {"id": "four", "image_name": "a.png", "2_coord": [word, dog]}]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    score(checkpoints["qwen"][0], tmp_path / "s.json", "--data", tmp_path / "data.json")
+    printed = capsys.readouterr().out
+    assert "2 pages, 3 skipped" in printed and "gone" in printed and "odd" in printed
+    assert {len(v) for v in json.loads((tmp_path / "s.json").read_text()).values()} == {2}
+    pages = score_heads.Annotated(tmp_path / "data.json", 100)
+    assert pages[4][1][1] == ("dog", (40, 5, 60, 40))
+    (tmp_path / "data.json").write_text(json.dumps(entries[1:4]))
+    with pytest.raises(SystemExit) as end:
+        score(checkpoints["qwen"][0], tmp_path / "t.json", "--data", tmp_path / "data.json")
+    assert end.value.code == 2 and not (tmp_path / "t.json").exists()
+
+
+def test_summary_by_hand(tmp_path):
+    s = torch.tensor([[0.7, 0.1], [0.2, 0.0]], dtype=torch.float64)
+    assert score_heads.top_share(s, 0.05) == (1, pytest.approx(0.7))
+    assert score_heads.top_share(s, 0.5) == (2, pytest.approx(0.9))
+    # sorted 0, .1, .2, .7: 2 * (0*1 + .1*2 + .2*3 + .7*4) / 4 - 5/4
+    assert score_heads.gini(s) == pytest.approx(2 * 3.6 / 4 - 1.25)
+    assert score_heads.gini(torch.ones(3, 3)) == pytest.approx(0, abs=1e-6)
+    text = score_heads.summary(s)
+    assert "0     0  70.00%" in text and "|@.|" in text and "|: |" in text
+
+
+def test_pictures(checkpoints, tmp_path):
+    from experiments import draw
+    for L, H in ((32, 32), (28, 28), (8, 8)):
+        draw.heat_map(torch.rand(L, H) ** 6, tmp_path / "map.png")
+        assert Image.open(tmp_path / "map.png").width > 16 * H
+    ours = checkpoints["vicuna"][2]
+    scores = torch.rand(ours.config.layers, ours.config.heads)
+    draw.show_heads(ours, picture(90, 60), "Hi", scores, tmp_path / "a.png", token=1)
+    text = draw.show_heads(ours, picture(90, 60), "Hi", scores, tmp_path / "a.gif")
+    assert Image.open(tmp_path / "a.gif").n_frames > 1 and isinstance(text, str)
 
 
 def test_score_files(tmp_path):
@@ -861,6 +1073,15 @@ def test_command_json(checkpoints, capfd, tmp_path):
     assert result["new_tokens"] == len(result["token_ids"]) <= 5
     assert result["text"] == ours.processor.tokenizer.decode(result["token_ids"],
                                                              skip_special_tokens=True)
+
+
+def test_command_shows_heads(checkpoints, capfd, tmp_path):
+    picture(50, 70).save(tmp_path / "a.png")
+    score_heads.write_scores([torch.rand(2, 6, dtype=torch.float64)], tmp_path / "scores.json")
+    run(capfd, "--model", checkpoints["mistral"][0], "--image", tmp_path / "a.png",
+        "--prompt", "Hi", "--scores", tmp_path / "scores.json", "--max-new-tokens", 4,
+        "--show-heads", tmp_path / "look.png", "--show-token", 2)
+    assert Image.open(tmp_path / "look.png").width > 6 * 50
 
 
 def test_command_compares_every_method(checkpoints, capfd, tmp_path):
@@ -932,6 +1153,9 @@ def rejected(capfd, *argv):
     (["--image", "none.png"], ["--image", "none.png", "no such file"]),
     (["--image", "."], ["--image", ".", "not a file"]),
     (["--image", __file__], ["--image", __file__, "not a picture"]),
+    (["--show-heads", "a.txt"], ["--show-heads", "a.txt", ".png"]),
+    (["--show-heads", "a.png"], ["--show-heads", "one --image"]),
+    (["--show-heads", "none/a.png"], ["--show-heads", "none/a.png", "exists"]),
     (["--model", "no/such/folder"], ["no/such/folder", "no such folder"]),
 ])
 def test_bad_arguments(capfd, arguments, expected):

@@ -159,7 +159,7 @@ def random_colors(rng):
     return (tuple(dark), tuple(light)) if rng.random() < 0.125 else (tuple(light), tuple(dark))
 
 
-def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0.06):
+def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0.03):
     """Renders one page.
 
     rng: random.Random, the only source of chance; kind: one of KINDS; width, height: pixels; sizes:
