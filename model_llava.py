@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -101,8 +102,10 @@ def read_config(folder):
         raise ValueError(f"model {folder}: model_type {family!r} is not one of {', '.join(MODELS)}")
     try:
         return convert_config(AutoConfig.from_pretrained(folder), family)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"model {folder}: its config.json lacks or misstates {error}") from None
+    except ValueError:
+        raise
+    except Exception as error:                    # the config classes raise types of their own
+        raise ValueError(f"model {folder}: config.json: {error!r}") from None
 
 
 def convert_config(c, family):
@@ -281,7 +284,8 @@ class ImageTokens:
     size: tuple                 # (height, width) of the original image, in pixels
     grid: tuple                 # (rows, columns) of the GRID tokens
     kinds: torch.Tensor         # (n,) THUMBNAIL, GRID or NEWLINE
-    boxes: torch.Tensor         # (n, 4) float64: x0, y0, x1, y1 in pixels of the original image
+    boxes: torch.Tensor         # (n, 4) float64: x0, y0, x1, y1 in pixels of the original image;
+                                # a newline's are all 0
 
     def __len__(self):
         return len(self.kinds)
@@ -744,9 +748,12 @@ class Processor:
         """One user turn, images first, up to where the answer begins: a list of token ids, with one
         placeholder for each image."""
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=self.template, tokenize=False,
-            add_generation_prompt=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=self.template,
+                tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template: {error}") from None
         ids = self.tokenizer(rendered).input_ids
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             return ids[1:]                              # one from the template, one from tokenizing

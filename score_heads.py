@@ -327,7 +327,8 @@ def main(argv=None):
         if args.device in ("auto", "cuda") and torch.cuda.is_available():
             args.device = f"cuda:{dist.get_node_local_rank()}"
     kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
-    settings = dict(model=args.model, data=args.data, synthetic=None if args.data else kinds,
+    name = Path(args.model).name if Path(args.model).is_dir() else args.model
+    settings = dict(model=name, data=args.data, synthetic=None if args.data else kinds,
                     size=[args.width, args.height], seed=args.seed, match=args.match,
                     transcript=args.transcript, dtype=args.dtype)
     settings = json.loads(json.dumps(settings))                     # as they come back from a file
@@ -372,7 +373,7 @@ def finish(args, model, out, settings, num, done, errors):
     print(summary(s))
     if args.heatmap:
         from experiments.draw import heat_map
-        heat_map(s, args.heatmap, f"{Path(args.model).name}: visual scores, {len(chosen)} pages")
+        heat_map(s, args.heatmap, f"{settings['model']}: visual scores, {len(chosen)} pages")
 
 
 if __name__ == "__main__":

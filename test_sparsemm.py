@@ -43,6 +43,8 @@ from cache import (METHODS, KVCache, allocate_budgets, make_method, observation_
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 HERE = Path(__file__).parent
+TINY = HERE / "tiny" / "qwen2-vl"
+SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
 
 # ---- small random checkpoints, saved by transformers ---------------------------------------------
@@ -152,6 +154,11 @@ def checkpoints(tmp_path_factory):
         reference = write_checkpoint(folder, name)
         made[name] = folder, reference, model_llava.load(folder, "cpu", "float32")
     return made
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return model_llava.load(TINY, "cpu", "float32")
 
 
 def picture(width, height, seed=0):
@@ -433,6 +440,22 @@ def test_boxes_tile_the_image(checkpoints, name):
             pytest.approx(size[0] * size[1] * (name == "vicuna"))
         assert (image.boxes[image.kinds == 2] == 0).all()
         assert (image.kinds == 2).sum() == (image.grid[0] if name == "vicuna" else 0)
+
+
+def test_published_llava_lays_out_as_many_tokens_as_transformers(tmp_path):
+    from transformers import LlavaNextProcessor
+    from transformers.image_processing_utils import select_best_resolution
+    (tmp_path / "config.json").write_text(json.dumps(VICUNA_7B))
+    with torch.device("meta"):
+        model = model_llava.LlavaNext(model_llava.read_config(tmp_path))
+    rng, pins = random.Random(0), VICUNA_7B["image_grid_pinpoints"]
+    for size in [(336, 672), (1, 700), (700, 1), *((rng.randint(20, 3000), rng.randint(20, 3000))
+                                                   for _ in range(200))]:
+        down, across = (edge // 336 for edge in select_best_resolution(size, pins))
+        grid, newlines = LlavaNextProcessor._get_unpadded_features(
+            None, *size, 24, 24, down, across)
+        image = model.lay_out(size, None)
+        assert (len(image), image.grid[0]) == (24 * 24 + grid + newlines, newlines), size
 
 
 # ---- budgets -------------------------------------------------------------------------------------
@@ -1040,6 +1063,49 @@ def test_score_files(tmp_path):
     assert torch.allclose(cache.read_head_scores(tmp_path / "s.json", 3, 4), expected, atol=1e-8)
 
 
+# ---- the shipped model ---------------------------------------------------------------------------
+
+def test_training_and_image_processor_see_the_same_pixels(tiny):
+    from experiments.train_tiny import patches
+    image = picture(96, 64)
+    ours, grid = patches(image)
+    processed = tiny.processor.image_processor(image, return_tensors="pt")
+    assert processed["image_grid_thw"].tolist() == [list(grid)]
+    assert np.abs(processed["pixel_values"].numpy() - ours).max() < 1e-5
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])
+def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, sample):
+    image = sparsemm.open_image(HERE / "tiny" / sample["image"])
+    result = sparsemm.generate(tiny, [image], sample["prompt"],
+                               scores=sparsemm.find_scores(tiny, None))
+    assert result["text"] == sample["answer"]
+    assert sum(map(sum, result["kept"])) == 256 * 8 * 4 < result["prompt_tokens"] * 8 * 4
+
+
+def test_shipped_model_equals_transformers(tiny):
+    reference = Qwen2VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    image = sparsemm.open_image(HERE / "tiny" / SAMPLES[0]["image"])
+    prompt = model_llava.prepare(tiny, [image], SAMPLES[0]["prompt"])
+    with torch.inference_mode():
+        logits = tiny.logits(tiny.hidden_states(prompt))
+    assert (logits - reference_logits(reference, tiny, prompt, [image])).abs().max() < 1e-3
+
+
+def test_new_pages_are_read(tiny):
+    """Ten receipts, one question each, that no training batch has drawn. The floor lies under the
+    share that tiny/README.md states."""
+    from experiments.pages import render_page
+    right = 0
+    for i in range(10):
+        rng = random.Random(f"new page {i}")
+        page = render_page(rng, "receipt", 256, 256)
+        key, value = rng.choice(page.questions)
+        answer = sparsemm.generate(tiny, [page.image], f"What is the {key}?", "full")["text"]
+        right += answer == value
+    assert right >= 5
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 def run(capfd, *argv):
@@ -1047,6 +1113,13 @@ def run(capfd, *argv):
     capfd.readouterr()
     sparsemm.main([str(a) for a in argv])
     return capfd.readouterr()
+
+
+def test_command_answers(capfd):
+    sample = SAMPLES[0]
+    out, err = run(capfd, "--image", HERE / "tiny" / sample["image"], "--prompt", sample["prompt"])
+    assert out == sample["answer"] + "\n"
+    assert "evicted" in err and "ms per token" in err
 
 
 RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "image_tokens", "method", "budget", "kept",
@@ -1157,6 +1230,7 @@ def rejected(capfd, *argv):
     (["--show-heads", "a.png"], ["--show-heads", "one --image"]),
     (["--show-heads", "none/a.png"], ["--show-heads", "none/a.png", "exists"]),
     (["--model", "no/such/folder"], ["no/such/folder", "no such folder"]),
+    (["--prompt", "a <|image_pad|> b"], ["prompt", "<|image_pad|>"]),
 ])
 def test_bad_arguments(capfd, arguments, expected):
     line = rejected(capfd, "--prompt", "Hi", *arguments)
@@ -1211,6 +1285,18 @@ def test_bad_checkpoints(checkpoints, capfd, tmp_path):
     assert "model.safetensors" in broken(
         "h", lambda copy: (copy / "model.safetensors").write_bytes(b"junk" * 9))
     assert "tokenizer" in broken("i", lambda copy: [p.unlink() for p in copy.glob("tokenizer*")])
+
+    def config(old, new):
+        def rewrite(copy):
+            text = (copy / "config.json").read_text()
+            assert old in text
+            (copy / "config.json").write_text(text.replace(old, new))
+        return rewrite
+
+    line = broken("j", config('"num_hidden_layers": 3', '"num_hidden_layers": "x"'))
+    assert "config.json" in line and "num_hidden_layers" in line
+    assert "mrope_section" in broken("l", config('"mrope_section"', '"mrope_sections"'))
+    assert "template" in broken("k", lambda copy: (copy / "chat_template.jinja").write_text("{% x"))
     line = rejected(capfd, "--prompt", "Hi", "--model", folder)
     assert "score_heads.py" in line and "snapkv" in line
 

@@ -99,8 +99,8 @@ def random_word(rng):
 
 
 def random_value(rng):
-    """One to three words, most often one."""
-    count = 1 if rng.random() < 0.7 else rng.randint(2, 3)
+    """One word, now and then two."""
+    count = 1 if rng.random() < 0.85 else 2
     return " ".join(rng.choice(ITEMS + KEYS) if rng.random() < 0.15 else random_word(rng)
                     for _ in range(count))
 
