@@ -161,6 +161,8 @@ def observation_scores(q, k, window=32, kernel=5):
                averaged over `kernel` neighbouring positions (zeros beyond both ends count)
 
     q: (H, T, D), k: (G, T, D), both after RoPE. Returns (G, T - w) float32. O(T*w), not O(T^2).
+
+    NOTE(official): there the scores are half precision, in which chance decides among many ties.
     """
     (H, T, D), G = q.shape, k.shape[0]
     w = min(window, T)
@@ -308,7 +310,9 @@ class LayerCache:
         self.append(k[:, T - w:], v[:, T - w:])
 
     def append(self, k, v):
-        """Adds n entries to every head. k, v: (G, n, D). Moves nothing that is there."""
+        """Adds n entries to every head. k, v: (G, n, D). Moves nothing that is there.
+
+        NOTE(official): there a CUDA kernel copies the layer's whole cache for every token."""
         start, end = self.tail_length, self.tail_length + k.shape[1]
         if end > self.tail_k.shape[1]:
             raise ValueError(f"the cache has no room for {end} recent entries; raise reserve")

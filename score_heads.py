@@ -20,6 +20,7 @@ every row that is needed, and no other row is ever computed. The transcript is t
 with --transcript truth what the page says.
 
 NOTE(paper): its figure can be read as the row of y_i's own query; the authors' code agrees with us.
+NOTE(official): there, every token of the transcript takes a forward pass of its own.
 NOTE(official): there, box edges are divided by an integer tile size; our rectangles are exact.
 NOTE(official): there, a token counts only if its text occurs in one box alone (--match unique); we
 align transcript and boxes, so that repeated words count, and a faulty transcript where it is right.
