@@ -27,7 +27,6 @@ positions of a head by. Run this file to see the three parts drawn for some head
 import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -297,10 +296,10 @@ def is_score(x):
 class LayerCache:
     """One layer: per KV head the selected prompt entries, packed, and a tail of the others."""
 
-    def __init__(self, k, v, positions, reserve):
-        """k, v: (G, T, D) of the whole prompt; positions: per head the kept ones among the first
-        T - w, behind which all heads keep the last w; reserve: columns for tokens to come."""
-        (G, T, D), (selected, w) = k.shape, positions
+    def __init__(self, k, v, selected, w, reserve):
+        """k, v: (G, T, D) of the whole prompt; selected: per head the kept positions of the first
+        T - w; w: how many of the last every head keeps; reserve: columns for tokens to come."""
+        G, T, D = k.shape
         self.lengths = [len(p) for p in selected]
         rows = torch.cat([p.to(k.device) + g * T for g, p in enumerate(selected)])
         self.packed_k = k.reshape(G * T, D)[rows]                                    # (sum n_g, D)
@@ -357,7 +356,7 @@ class KVCache:
         w = k.shape[1] - scores.shape[1]
         budgets = self.method.budgets(layer, scores).tolist()
         selected = [select_entries(s, n - w) for s, n in zip(scores, budgets)]
-        self.layers.append(LayerCache(k, v, (selected, w), self.reserve))
+        self.layers.append(LayerCache(k, v, selected, w, self.reserve))
         self.kept.append([len(positions) + w for positions in selected])
 
     def append(self, layer, k, v):

@@ -8,7 +8,6 @@ transcript. The cache is full.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -22,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.pages import KINDS, render_page
 from model_llava import load
-from score_heads import OCR_PROMPT
+from score_heads import OCR_PROMPT, write_json
 from sparsemm import DEFAULT_MODEL, generate
 
 SIZES = ((256, 128), (256, 256), (256, 384))
@@ -73,10 +72,7 @@ def main():
     about = dict(command=f"python experiments/evaluate_tiny.py --num {args.num} --seed {args.seed}",
                  machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
                  transformers=transformers.__version__, seed=args.seed, results=results)
-    out = Path(args.out or model.folder / "evaluation.json")
-    temporary = Path(f"{out}.tmp")
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(temporary, out)
+    write_json(about, Path(args.out or model.folder / "evaluation.json"))
 
 
 if __name__ == "__main__":
