@@ -152,7 +152,8 @@ def transcribe(model, image, text, whose):
 
 @dataclass
 class Rendered:
-    """Pages drawn here. Page i is the same on every machine."""
+    """Pages drawn here, after the idea of SynthDoG (arXiv 2111.15664): text of several sizes and
+    colours, on even grounds and others. Page i is the same on every machine."""
     kinds: tuple
     seed: int
     size: tuple                 # (width, height) in pixels
@@ -164,7 +165,8 @@ class Rendered:
     def __getitem__(self, i):
         """(PIL image, [(text, box), ...], transcript) of page i."""
         rng = random.Random(f"score heads {self.seed} {i}")
-        page = render_page(rng, self.kinds[i % len(self.kinds)], *self.size)
+        kind, largest = self.kinds[i % len(self.kinds)], max(16, self.size[1] // 24)
+        page = render_page(rng, kind, *self.size, sizes=(13, largest), wear=0.3)
         words = [(word.text, word.box) for line in page.lines for word in line]
         return page.image, words, page.text
 
@@ -279,17 +281,21 @@ def top_share(values, part):
 
 
 def summary(s, shades=" .:-=+*#%@"):
-    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is, and a map."""
+    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is over all heads
+    and within each layer, and a map."""
     (L, H), lines = s.shape, ["layer  head   share"]
     for i in s.flatten().argsort(descending=True, stable=True)[:10].tolist():
         lines.append(f"{i // H:5d} {i % H:5d} {s[i // H, i % H]:7.2%}")
     for part in (0.01, 0.05, 0.10):
         n, held = top_share(s, part)
         lines.append(f"top {part:4.0%} ({n} of {L * H} heads) hold {held:.1%}")
-    lines += [f"Gini coefficient {gini(s):.3f}", "", "layer  share  heads 0 to " + str(H - 1)]
+    lines += [f"Gini coefficient {gini(s):.3f}", "",
+              f"layer  share  top 1 %  5 %  10 %   heads 0 to {H - 1}"]
     for l in range(L):
+        held = "  ".join(f"{top_share(s[l], part)[1]:4.0%}" if s[l].sum() > 0 else "   -"
+                         for part in (0.01, 0.05, 0.10))
         cells = "".join(shades[min(len(shades) - 1, int(x * len(shades) / s.max()))] for x in s[l])
-        lines.append(f"{l:5d} {s[l].sum():6.1%}  |{cells}|")
+        lines.append(f"{l:5d} {s[l].sum():6.1%}   {held}   |{cells}|")
     return "\n".join(lines)
 
 

@@ -1,10 +1,11 @@
-"""How well a small model reads: exact answers and transcripts on pages that training never drew.
+"""How well a small model reads, by task, kind and size of page, on pages that training never drew.
 
-    python experiments/evaluate_tiny.py [--model tiny/qwen2-vl] [--num 50] [--out FILE.json]
+    python experiments/evaluate_tiny.py [--model tiny/qwen2-vl] [--num 50] [--kinds form receipt]
+                                        [--sizes 256x256 256x384] [--out FILE.json]
 
-For each kind and size of page it prints the share of questions that are answered exactly, one
-question a page, and the mean character accuracy (1 - edit distance / length, not below 0) of the
-transcript. The cache is full.
+For each kind and size of page it prints the mean character accuracy (1 - edit distance / length,
+not below 0) of the transcript and, for every other task (pages.WORDINGS), the share of exact
+answers, one question a page and task. The cache is full.
 """
 
 import argparse
@@ -19,12 +20,12 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.pages import KINDS, render_page
+from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
 from model_llava import load
-from score_heads import OCR_PROMPT, write_json
+from score_heads import write_json
 from sparsemm import DEFAULT_MODEL, generate
 
-SIZES = ((256, 128), (256, 256), (256, 384))
+QUESTIONS = [task for task in WORDINGS if task != "transcript"]
 
 
 def edit_distance(a, b):
@@ -37,39 +38,66 @@ def edit_distance(a, b):
     return row[-1]
 
 
-def evaluate(model, kind, size, num, seed):
-    """Mean results on num pages of a kind and size (width, height)."""
-    exact, asked, accuracy, image_tokens = 0, 0, 0.0, 0
+def page_size(text):
+    """"256x384" -> (256, 384)."""
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def evaluate(model, kind, size, num, seed, transcripts=True):
+    """Results on num pages of a kind and size (width, height): of each task the number of pages
+    that have it and the mean score."""
+    scores, image_tokens = {task: [] for task in WORDINGS}, 0
     for i in tqdm(range(num), desc=f"{kind} {size[0]} x {size[1]}", leave=False):
         rng = random.Random(f"evaluation {seed} {kind} {size} {i}")
         page = render_page(rng, kind, *size)
-        read = generate(model, [page.image], OCR_PROMPT, "full", max_new_tokens=768)
-        accuracy += max(0, 1 - edit_distance(read["text"], page.text) / len(page.text)) / num
-        image_tokens = read["image_tokens"]
-        if page.questions:
-            key, value = rng.choice(page.questions)
-            answer = generate(model, [page.image], f"What is the {key}?", "full")["text"]
-            asked, exact = asked + 1, exact + (answer == value)
-    return dict(kind=kind, width=size[0], height=size[1], image_tokens=image_tokens, pages=num,
-                questions=asked, exact=exact / asked if asked else None, characters=accuracy)
+        possible = tasks(page)
+        for task in WORDINGS:
+            asked = [entry for entry in possible if entry[0] == task]
+            if not asked or task == "transcript" and not transcripts:
+                continue
+            _, about, right = rng.choice(asked)
+            run = generate(model, [page.image], prompt(None, task, about), "full",
+                           max_new_tokens=len(right) + 32)
+            image_tokens = run["image_tokens"]
+            scores[task].append(max(0, 1 - edit_distance(run["text"], right) / len(right))
+                                if task == "transcript" else float(run["text"] == right))
+    means = {task: dict(pages=len(of_task), mean=sum(of_task) / len(of_task) if of_task else None)
+             for task, of_task in scores.items()}
+    return dict(kind=kind, width=size[0], height=size[1], image_tokens=image_tokens, tasks=means)
+
+
+def table(results):
+    """Markdown: a row for each kind and size."""
+    lines = ["| page | pixels | image tokens | transcript, characters | "
+             + " | ".join(f"{task}, exact" for task in QUESTIONS) + " |",
+             "|---" * (4 + len(QUESTIONS)) + "|"]
+    for r in results:
+        means = (r["tasks"][task]["mean"] for task in ["transcript", *QUESTIONS])
+        cells = " | ".join("-" if mean is None else f"{mean:.3f}" for mean in means)
+        lines.append(f"| {r['kind']} | {r['width']} x {r['height']} | {r['image_tokens']} | {cells} "
+                     "|")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
     parser.add_argument("--num", type=int, default=50, help="pages of each kind and size")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--sizes", nargs="+", type=page_size, default=[(256, 256), (256, 384)],
+                        metavar="WxH", help="in pixels (default 256x256 256x384)")
+    parser.add_argument("--questions-only", action="store_true", help="no transcripts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="default: evaluation.json in the model's folder")
     args = parser.parse_args()
     model = load(args.model, "auto", "float32")
-    results = [evaluate(model, kind, size, args.num, args.seed) for kind in KINDS for size in SIZES]
-    print(f"{'page':<8} {'pixels':>10} {'image tokens':>13} {'exact answers':>14} "
-          f"{'characters':>11}")
-    for r in results:
-        exact = "-" if r["exact"] is None else f"{r['exact']:.2f}"
-        print(f"{r['kind']:<8} {r['width']:>4} x {r['height']:<3} {r['image_tokens']:>13} "
-              f"{exact:>14} {r['characters']:>11.3f}")
-    about = dict(command=f"python experiments/evaluate_tiny.py --num {args.num} --seed {args.seed}",
+    results = [evaluate(model, kind, size, args.num, args.seed, not args.questions_only)
+               for kind in args.kinds for size in args.sizes]
+    print(table(results))
+    sizes = " ".join(f"{width}x{height}" for width, height in args.sizes)
+    about = dict(command=f"python experiments/evaluate_tiny.py --num {args.num} --seed {args.seed} "
+                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}",
                  machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
                  transformers=transformers.__version__, seed=args.seed, results=results)
     write_json(about, Path(args.out or model.folder / "evaluation.json"))

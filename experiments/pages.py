@@ -3,9 +3,12 @@ question.
 
     page = render_page(random.Random(7), "receipt", width=256, height=384)
     page.image                  the picture (PIL, RGB)
-    page.lines                  [[Word(text, box), ...], ...] in reading order, boxes in pixels
+    page.lines                  [[Word(text, box, centers), ...], ...] in reading order
     page.text                   the transcript: words joined by spaces, lines by newlines
     page.questions              [("Total", "48.20"), ...]: "What is the Total?" -> "48.20"
+    page.objects                what is drawn besides text: [Word("red circle", box), ...]
+    tasks(page)                 all that can be asked: [("value", "Total", "48.20"), ...]
+    prompt(rng, task, about)    one wording of it: "What is the Total?"
 
 Most values are random strings and numbers, so a model that answers them has read the page.
 
@@ -14,6 +17,8 @@ Most values are random strings and numbers, so a model that answers them has rea
 """
 
 import argparse
+import io
+import math
 import random
 import string
 from dataclasses import dataclass, field
@@ -22,7 +27,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-KINDS = ("lines", "form", "receipt")
+KINDS = ("lines", "form", "receipt", "table", "letter", "label", "sign", "shapes")
 
 KEYS = """Name Date Order Phone City Code Ref Due Paid Qty Room Seat Gate Bill Unit Plan Rate Zone
 Lot Type Mode Size Color Model Serial Account Invoice Customer Amount Balance Ticket Flight Street
@@ -34,6 +39,27 @@ ITEMS = """Coffee Tea Milk Bread Butter Cheese Apple Banana Orange Lemon Salad S
 Beans Fish Chicken Burger Fries Cake Cookie Juice Water Soda Beer Wine Soap Paper Pen Pencil Book
 Lamp Cable Battery Socks Shirt Hat Gloves Scarf Towel Brush Candle Glue Tape Nails Paint Rope Bucket
 Stamp""".split()
+COLUMNS = """Price Qty Stock Sold Week Month Rank Score Weight Size Code Tax Total Cost Year Shift
+Rate Points Goals Units""".split()
+PROSE = """the a of to and in that it was for on are with as be at this have from or had by not but
+what all were when we there can an your which their said if do will each about how up out them then
+she many some so these would other into has more her two like him see time could no make than first
+been its who now people my made over did down only way find use may water long little very after
+words called just where most know""".split()
+SIGNS = """Open Closed Exit Entry Parking Sale Stop Push Pull Danger Private Welcome Platform Gate
+Office Library Museum Station Bakery Toilets Keep Left Right No Smoking""".split()
+COLORS = {"red": (200, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 210),
+          "yellow": (225, 200, 30), "purple": (135, 50, 160), "orange": (235, 130, 30)}
+SHAPES = ("circle", "square", "triangle", "cross")
+
+# What a model is asked about a page. The first wording of each task is the one it is measured with.
+WORDINGS = {
+    "transcript": ("Provide all the OCR results of this image.", "Transcribe the page.",
+                   "What does the page say?", "Read all the text."),
+    "value": ("What is the {}?", "Read the {}.", "{}?", "Please tell me the {}."),
+    "line": ("What does line {} say?", "Read line {}.", "Transcribe line {} of the page."),
+    "shapes": ("Which shapes are on the page?", "Name the shapes.", "What is there besides text?"),
+}
 SHOPS = """Market Store Cafe Bakery Corner Garden Station Harbor Central Royal Green Blue Golden
 Sunny Old New City Express Grand Little""".split()
 
@@ -42,7 +68,7 @@ Sunny Old New City Express Grand Little""".split()
 class Word:
     text: str
     box: tuple          # (x0, y0, x1, y1): the word's ink, in pixels of the page
-    middle: float       # y halfway up the line's capitals, the same for all its words
+    centers: tuple = () # (x, y) of each character's middle, halfway up the line's capitals
 
 
 @dataclass
@@ -50,17 +76,39 @@ class Page:
     image: Image.Image
     lines: list = field(default_factory=list)      # [[Word, ...], ...] top to bottom, left to right
     questions: list = field(default_factory=list)  # [(key, value), ...], each key once
-    font_size: int = 14
+    objects: list = field(default_factory=list)    # [Word, ...]: coloured shapes, in reading order
 
     @property
     def text(self):
         return "\n".join(" ".join(word.text for word in line) for line in self.lines)
 
 
+def tasks(page):
+    """All that can be asked about a page: [(task, what it is about, the right answer), ...].
+
+    Only lines of more than three characters are asked for, and only where reading order leaves no
+    doubt which line is which, that is, not on a page with shapes.
+    """
+    found = [("transcript", "", page.text)]
+    found += [("value", key, value) for key, value in page.questions]
+    if page.objects:
+        found.append(("shapes", "", ", ".join(thing.text for thing in page.objects)))
+    else:
+        texts = (" ".join(word.text for word in line) for line in page.lines)
+        found += [("line", str(i), text) for i, text in enumerate(texts, 1) if len(text) > 3]
+    return found
+
+
+def prompt(rng, task, about):
+    """One wording of a task, drawn at random; the first one if rng is None."""
+    wordings = WORDINGS[task]
+    return (rng.choice(wordings) if rng else wordings[0]).format(about)
+
+
 @lru_cache(maxsize=None)
-def load_font(size):
-    """Pillow's built-in font at `size` pixels."""
-    return ImageFont.load_default(size)
+def load_font(size, file=None):
+    """A font at `size` pixels: Pillow's built-in one, or that of a TrueType file."""
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -70,10 +118,21 @@ def random_price(rng):
             f".{rng.randint(0, 99):02d}")
 
 
+def random_letters(rng, alphabet, low, high):
+    """low to high characters of an alphabet."""
+    return "".join(rng.choices(alphabet, k=rng.randint(low, high)))
+
+
+def random_short(rng):
+    """A short string that cannot be guessed."""
+    return random_letters(rng, rng.choice([string.digits, string.digits, string.ascii_uppercase]),
+                          2, 5)
+
+
 def random_word(rng):
     """A string that cannot be guessed: digits, letters, prices, dates, codes."""
     def letters(alphabet, low, high):
-        return "".join(rng.choices(alphabet, k=rng.randint(low, high)))
+        return random_letters(rng, alphabet, low, high)
     kind = rng.random()
     if kind < 0.25:
         return letters(string.digits, 2, 6)
@@ -141,11 +200,51 @@ def receipt_rows(rng, count):
 
 def text_rows(rng, count):
     """Rows of unrelated words, as many as fit, now and then a short one."""
-    return [[(" ".join(random_word(rng) for _ in range(1 if rng.random() < 0.1 else 40)), "left")]
+    return [[(" ".join(random_word(rng) for _ in range(1 if rng.random() < 0.1 else 12)), "left")]
             for _ in range(count)], []
 
 
-ROWS = {"lines": text_rows, "form": form_rows, "receipt": receipt_rows}
+def table_rows(rng, count):
+    """Rows of a table with named columns; "What is the Price of Apple?" has its answer."""
+    columns = rng.sample(COLUMNS, rng.choice([2, 2, 3]))
+    starts = [0.36, 0.68] if len(columns) == 2 else [0.30, 0.54, 0.78]
+    numeric = [rng.random() < 0.5 for _ in columns]
+    rows = [[("Item", "left")] + list(zip(columns, starts))]
+    questions = []
+    for item in rng.sample(ITEMS, max(1, min(len(ITEMS), count - 1))):
+        cells = [random_price(rng) if number else random_short(rng) for number in numeric]
+        rows.append([(item, "left")] + list(zip(cells, starts)))
+        questions += [(f"{column} of {item}", cell) for column, cell in zip(columns, cells)]
+    return rows, questions
+
+
+def letter_rows(rng, count):
+    """Rows of a letter: the address, lines of common words and some that cannot be guessed, and the
+    sender's name."""
+    def name():
+        return " ".join(random_letters(rng, string.ascii_lowercase, 3, 7).capitalize()
+                        for _ in range(2))
+    body = [[(" ".join(random_word(rng) if rng.random() < 0.15 else rng.choice(PROSE)
+                       for _ in range(16)), "left")] for _ in range(max(1, count - 2))]
+    return [[(f"Dear {name()},", "left")]] + body + [[(f"Yours, {name()}", "left")]], []
+
+
+def label_rows(rng, count):
+    """Rows of a parcel's or a product's label: a code, the name, and a few `Key: value` lines."""
+    form, questions = form_rows(rng, max(1, count - 2))
+    code = random_letters(rng, string.ascii_uppercase + string.digits, 5, 9)
+    name = " ".join(rng.sample(SHOPS, 2))
+    return [[(name, "center")]] + form + [[(code, "center")]], questions
+
+
+def sign_rows(rng, count):
+    """A few large words."""
+    return [[(rng.choice(SIGNS) if rng.random() < 0.5 else random_short(rng), "center")]
+            for _ in range(min(count, 4))], []
+
+
+ROWS = {"lines": text_rows, "form": form_rows, "receipt": receipt_rows, "table": table_rows,
+        "letter": letter_rows, "label": label_rows, "sign": sign_rows, "shapes": text_rows}
 
 
 # ---- how it is drawn -----------------------------------------------------------------------------
@@ -159,41 +258,111 @@ def random_colors(rng):
     return (tuple(dark), tuple(light)) if rng.random() < 0.125 else (tuple(light), tuple(dark))
 
 
-def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0.03):
+def background_pixels(rng, width, height, color, uneven):
+    """(H, W, 3) float32: an even ground, or one whose colour drifts by up to `uneven` as paper's
+    does in bad light, or a photograph's blurred background."""
+    drift = np.zeros((2, 2, 3)) if uneven == 0 else np.random.default_rng(
+        rng.getrandbits(32)).uniform(-uneven, uneven, (rng.randint(2, 5), rng.randint(2, 5), 3))
+    ground = Image.fromarray((np.asarray(color) + drift).clip(0, 255).astype(np.uint8))
+    return ground.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def draw_shapes(rng, draw, width, top, bottom):
+    """Draws one to four coloured shapes side by side between two heights. Returns them as Words, in
+    reading order."""
+    count = rng.randint(1, min(4, max(1, width // 48)))
+    slot, objects = width / count, []
+    for i in range(count):
+        radius = rng.uniform(9, max(10, min(slot, bottom - top) / 2 - 2))
+        radius = min(radius, slot / 2 - 1, (bottom - top) / 2)
+        x = rng.uniform(i * slot + radius, (i + 1) * slot - radius)
+        y = rng.uniform(top + radius, bottom - radius)
+        name, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+        box, color = (x - radius, y - radius, x + radius, y + radius), COLORS[name]
+        if shape == "circle":
+            draw.ellipse(box, fill=color)
+        elif shape == "square":
+            draw.rectangle(box, fill=color)
+        elif shape == "triangle":
+            draw.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=color)
+        else:
+            third = radius / 3
+            draw.rectangle((x - third, box[1], x + third, box[3]), fill=color)
+            draw.rectangle((box[0], y - third, box[2], y + third), fill=color)
+        objects.append(Word(f"{name} {shape}", box, ((x, y),)))
+    return objects
+
+
+def rotate(page, degrees, color):
+    """Turns a page about its middle, its boxes and centers with it; a box becomes the smallest
+    upright one around the turned one."""
+    width, height = page.image.size
+    page.image = page.image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=color)
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+
+    def turn(x, y):
+        x, y = x - width / 2, y - height / 2
+        return x * cos + y * sin + width / 2, y * cos - x * sin + height / 2
+
+    for word in [word for line in page.lines for word in line] + page.objects:
+        x0, y0, x1, y1 = word.box
+        xs, ys = zip(*(turn(x, y) for x in (x0, x1) for y in (y0, y1)))
+        word.box = (min(xs), min(ys), max(xs), max(ys))
+        word.centers = tuple(turn(x, y) for x, y in word.centers)
+
+
+def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0.03, wear=0.0,
+                fonts=(None,)):
     """Renders one page.
 
     rng: random.Random, the only source of chance; kind: one of KINDS; width, height: pixels; sizes:
-    smallest and largest font size in pixels; max_rows: at most so many lines; noise: largest
-    standard deviation of the Gaussian noise, as a share of the range from black to white. Rows that
-    do not fit are left out, and so are their questions.
+    smallest and largest font size in pixels (a sign's is up to twice as large); max_rows: at most
+    so many lines; noise: largest standard deviation of the Gaussian noise, as a share of the range
+    from black to white; wear: probability of each of three defects, an uneven background, a
+    rotation by up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files to choose from, None
+    for the built-in font. Rows that do not fit are left out, and so are their questions.
     """
     background, ink = random_colors(rng)
-    image = Image.new("RGB", (width, height), background)
+    uneven = rng.randint(8, 30) if rng.random() < wear else 0
+    image = background_pixels(rng, width, height, background, uneven)
     draw = ImageDraw.Draw(image)
-    size = rng.randint(*sizes)
-    font, pitch = load_font(size), size + rng.randint(2, 8)
-    rows_that_fit = max(1, (height - 2) // pitch)
+    size = rng.randint(sizes[1], max(sizes[1], min(2 * sizes[1], height // 3))) if kind == "sign" \
+        else rng.randint(*sizes)
+    font, pitch = load_font(size, rng.choice(fonts)), size + rng.randint(2, 8)
+    text_height = max(pitch, round(height * rng.uniform(0.3, 0.6))) if kind == "shapes" else height
+    rows_that_fit = max(1, (text_height - 2) // pitch)
     count = rng.randint(max(1, rows_that_fit // 2), rows_that_fit)
     rows, questions = ROWS[kind](rng, min(count, max_rows or count))
     margin, column = rng.randint(2, max(2, width // 24)), round(width * rng.uniform(0.35, 0.55))
-    y = rng.randint(0, max(0, height - 2 - pitch * len(rows)))
-    page = Page(image, font_size=size)
+    y = rng.randint(0, max(0, text_height - 2 - pitch * len(rows)))
+    page = Page(image)
+    drawn = []                                              # the first part of each row on the page
     for row in rows:
         line, complete = draw_row(draw, row, font, y, margin, column, width, ink,
-                                  space=rng.uniform(1.0, 1.6), may_break=kind == "lines")
+                                  space=rng.uniform(1.0, 1.6),
+                                  may_break=kind in ("lines", "letter", "shapes"))
         if complete:
             page.lines.append(line)
+            drawn.append(row[0][0].rstrip(":"))
         y += pitch
-    drawn = {line[0].text.rstrip(":") for line in page.lines}
-    page.questions = [(key, value) for key, value in questions if key in drawn]
+    page.questions = [(key, value) for key, value in questions
+                      if key.split(" of ")[-1] in drawn]
     if not page.lines:                                  # nothing fitted: one short word always does
         page.lines = [draw_row(draw, [(random_word(rng)[:3], "left")], font, 0, 2, column, width,
                                ink, 1.0, True)[0]]
+    if kind == "shapes" and height - text_height > 24:
+        page.objects = draw_shapes(rng, draw, width, text_height, height)
+    if rng.random() < wear:
+        rotate(page, rng.uniform(-1.5, 1.5), background)
     if noise:
-        pixels = np.asarray(image, dtype=np.float32)
+        pixels = np.asarray(page.image, dtype=np.float32)
         grain = np.random.default_rng(rng.getrandbits(32)).normal(
             0, rng.uniform(0, noise) * 255, pixels.shape[:2])
         page.image = Image.fromarray((pixels + grain[..., None]).clip(0, 255).astype(np.uint8))
+    if rng.random() < wear:
+        file = io.BytesIO()
+        page.image.save(file, "JPEG", quality=rng.randint(40, 90))
+        page.image = Image.open(file).convert("RGB")
     return page
 
 
@@ -201,28 +370,39 @@ def draw_row(draw, row, font, y, margin, column, width, ink, space, may_break):
     """Draws one row of (text, align) parts at height y. Returns its words, and whether the whole
     row was drawn.
 
-    align: "left" (after the part before), "column" (at x = column), "right" or "center". A row that
-    does not fit is not drawn at all, unless may_break: then its first words are.
+    align: "left" (after the part before), "column" (at x = column), a share of the width, "right"
+    or "center". A row that does not fit is not drawn at all, unless may_break: then its first words
+    are.
     """
     gap = font.getlength(" ") * space
-    placed, x = [], margin
+    placed, x, full = [], margin, False
     for text, align in row:
-        words = text.split(" ")
-        lengths = [font.getlength(word) for word in words]
-        total = sum(lengths) + gap * (len(words) - 1)
-        x = {"left": x, "column": max(x, column), "right": max(x, width - margin - total),
-             "center": (width - total) / 2}[align]
+        words, lengths = text.split(" "), []
+        for word in words:
+            lengths.append(font.getlength(word))
+            if sum(lengths) > width:                              # no need to measure what follows
+                break
+        total = sum(lengths) + gap * (len(lengths) - 1)
+        start = {"left": x, "column": max(x, column), "right": max(x, width - margin - total),
+                 "center": (width - total) / 2}.get(align)
+        x = max(x, align * width) if start is None else start
         for word, length in zip(words, lengths):
             if x < 0 or x + length > width - 2:
                 if not may_break:
                     return [], False
+                full = True
                 break
             placed.append((word, round(x)))
             x += length + gap
+        if full:
+            break
     line = []
     for word, x in placed:
         draw.text((x, y), word, font=font, fill=ink)
-        line.append(Word(word, tuple(draw.textbbox((x, y), word, font=font)), y + 0.62 * font.size))
+        edges = [font.getlength(word[:i]) for i in range(len(word) + 1)]
+        line.append(Word(word, tuple(draw.textbbox((x, y), word, font=font)),
+                         tuple((x + (a + b) / 2, y + 0.62 * font.size)
+                               for a, b in zip(edges, edges[1:]))))
     return line, bool(line)
 
 
@@ -233,12 +413,15 @@ def main():
     parser.add_argument("--height", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--wear", type=float, default=0.0,
+                        help="probability of an uneven background, a rotation, JPEG artefacts")
     args = parser.parse_args()
-    page = render_page(random.Random(args.seed), args.kind, args.width, args.height)
+    page = render_page(random.Random(args.seed), args.kind, args.width, args.height,
+                       wear=args.wear)
     page.image.save(args.out)
     print(page.text)
-    for key, value in page.questions:
-        print(f"What is the {key}? {value}")
+    for task, about, answer in tasks(page)[1:]:
+        print(f"{prompt(None, task, about)} {answer}")
 
 
 if __name__ == "__main__":
