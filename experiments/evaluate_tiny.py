@@ -75,8 +75,8 @@ def table(results):
     for r in results:
         means = (r["tasks"][task]["mean"] for task in ["transcript", *QUESTIONS])
         cells = " | ".join("-" if mean is None else f"{mean:.3f}" for mean in means)
-        lines.append(f"| {r['kind']} | {r['width']} x {r['height']} | {r['image_tokens']} | {cells} "
-                     "|")
+        where = f"{r['kind']} | {r['width']} x {r['height']} | {r['image_tokens']}"
+        lines.append(f"| {where} | {cells} |")
     return "\n".join(lines)
 
 
