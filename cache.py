@@ -304,6 +304,10 @@ class LayerCache:
         rows = torch.cat([p.to(k.device) + g * T for g, p in enumerate(selected)])
         self.packed_k = k.reshape(G * T, D)[rows]                                    # (sum n_g, D)
         self.packed_v = v.reshape(G * T, D)[rows]
+        self.foreign = None                    # (G, 1, sum n_g): is the entry another head's?
+        if len(set(self.lengths)) > 1:
+            owner = torch.arange(G).repeat_interleave(torch.tensor(self.lengths)).to(k.device)
+            self.foreign = (owner != torch.arange(G, device=k.device)[:, None])[:, None]
         self.tail_k, self.tail_v = (x.new_empty(G, w + reserve, D) for x in (k, v))
         self.tail_length = 0
         self.append(k[:, T - w:], v[:, T - w:])
@@ -326,6 +330,32 @@ class LayerCache:
                 in enumerate(zip(packed_k.split(self.lengths), packed_v.split(self.lengths)))]
 
 
+    def attend(self, q):
+        """What model_llava.decode_attention computes head by head, in a handful of products; equal
+        up to rounding. q: (H, 1, D). Returns (H, 1, D).
+
+        The tail is a rectangle, so one batched product serves all heads. So is the packed part if
+        all heads hold equally many. If not, every query meets every packed key, and what is foreign
+        to its head is masked: G times the multiplications, but each key and value is read once,
+        nothing is padded and no long head keeps the others waiting.
+        """
+        (H, _, D), G = q.shape, len(self.lengths)
+        q = q.view(G, H // G, D) / math.sqrt(D)
+        recent = q @ self.tail_k[:, :self.tail_length].transpose(1, 2)             # (G, H/G, tail)
+        if self.foreign is None:
+            selected = q @ self.packed_k.view(G, -1, D).transpose(1, 2)             # (G, H/G, n_g)
+        else:
+            selected = (q.reshape(H, D) @ self.packed_k.T).view(G, H // G, -1)  # (G, H/G, sum n_g)
+            selected = selected.masked_fill(self.foreign, -torch.inf)
+        p = torch.cat([selected, recent], dim=-1).float().softmax(-1).to(q.dtype)
+        selected, recent = p.split([selected.shape[-1], recent.shape[-1]], dim=-1)
+        if self.foreign is None:
+            out = selected @ self.packed_v.view(G, -1, D)
+        else:
+            out = (selected.reshape(H, -1) @ self.packed_v).view(G, H // G, D)
+        return (out + recent @ self.tail_v[:, :self.tail_length]).view(H, 1, D)
+
+
 class KVCache:
     """cache[l][g]: the tensors that head g of layer l holds, as LayerCache.heads gives them.
 
@@ -336,9 +366,10 @@ class KVCache:
     appends one entry to every head and evicts nothing.
     """
 
-    def __init__(self, method, window=32, reserve=0):
-        """method: a Method; reserve: how many tokens will be appended at most."""
-        self.method, self.window, self.reserve = method, window, reserve
+    def __init__(self, method, window=32, reserve=0, by_head=False):
+        """method: a Method; reserve: how many tokens will be appended at most; by_head: decode with
+        the explicit loop over heads, the definition, instead of the fast products."""
+        self.method, self.window, self.reserve, self.by_head = method, window, reserve, by_head
         self.layers = []
         self.kept = []                        # L lists of G ints: the entries held after prefill
 
@@ -362,6 +393,10 @@ class KVCache:
     def append(self, layer, k, v):
         """Adds the entry of one new token to every head of a layer. k, v: (G, 1, D)."""
         self.layers[layer].append(k, v)
+
+    def attend(self, layer, q):
+        """Attention of one new token over what a layer holds. q: (H, 1, D). Returns (H, 1, D)."""
+        return self.layers[layer].attend(q)
 
     def num_bytes(self):
         """Bytes of the entries held now, 2 * D * itemsize each; reserved columns do not count."""

@@ -195,7 +195,8 @@ def decode_attention(q, heads):
     """One new token against what each head holds. q: (H, 1, D); heads: for each KV head [selected
     keys, recent keys, selected values, recent values], (n, D) each. Returns (H, 1, D).
 
-    This loop is the definition of decoding with heads whose caches differ in length.
+    This loop is the definition of decoding with heads whose caches differ in length. What runs
+    by default is its fast twin, the cache's own `attend`.
     """
     (H, _, D), G = q.shape, len(heads)
     out = torch.empty_like(q)
@@ -228,7 +229,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None and layer < len(cache):
             cache.append(layer, k, v)
-            out = decode_attention(q, cache[layer])
+            out = (decode_attention(q, cache[layer]) if cache.by_head
+                   else cache.attend(layer, q))
         else:
             out = prefill_attention(q, k, v)
             if cache is not None:

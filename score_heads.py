@@ -64,11 +64,12 @@ class PeakReader:
     def compress(self, layer, q, k, v):
         """q: (H, T, D), k: (G, T, D), after RoPE. (The softmax does not move a maximum.)"""
         (H, T, _), G = q.shape, k.shape[0]
-        future = torch.ones(self.rows, T, dtype=torch.bool, device=q.device).triu(T - self.rows + 1)
+        future = torch.ones(self.rows, self.rows, dtype=torch.bool, device=q.device).triu(1)
         peaks = []
         for h in range(H):
             logits = q[h, -self.rows:].float() @ k[h * G // H].float().T               # (rows, T)
-            peaks.append(logits.masked_fill(future, -torch.inf).argmax(-1))
+            logits[:, T - self.rows:].masked_fill_(future, -torch.inf)
+            peaks.append(logits.argmax(-1))
         self.layers.append(torch.stack(peaks))
 
 

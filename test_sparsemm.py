@@ -743,9 +743,10 @@ def decode_logits(model, prompt, tokens, held):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["vicuna", "qwen"])
-def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method):
+@pytest.mark.parametrize("by_head", [True, False], ids=["loop", "products"])
+def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method, by_head):
     """transformers' full attention, with a mask that hides from the new tokens what each head has
-    dropped."""
+    dropped; for the loop over heads and for the fast products."""
     _, reference, ours = checkpoints[name]
     c, images, tokens, w = ours.config, [picture(64, 50)], [40, 41, 60, 33, 70], 6
     prompt = model_llava.prepare(ours, images, "What is it?")
@@ -756,7 +757,7 @@ def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, 
         lambda scores, k: selections.append(select_entries(scores, k)) or selections[-1])
     plan = make_method(method, c.layers, c.kv_heads, T, budget=20, window=w,
                        scores=torch.rand(c.layers, c.heads))
-    logits = decode_logits(ours, prompt, tokens, KVCache(plan, w, reserve=n))
+    logits = decode_logits(ours, prompt, tokens, KVCache(plan, w, n, by_head))
     if method != "full":
         assert sum(map(len, selections)) == (20 - w) * c.layers * c.kv_heads
 
@@ -779,6 +780,22 @@ def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, 
         for hook in hooks:
             hook.remove()
     assert (logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (5, 1)])
+def test_fast_attention_equals_the_loop_for_ragged_and_empty_heads(H, G):
+    """Also for heads that hold nothing but the window, and while the tail grows."""
+    torch.manual_seed(0)
+    T, D, w = 50, 8, 4
+    k, v = torch.randn(G, T, D), torch.randn(G, T, D)
+    for lengths in ([0] * G, [7] * G, [(13 * g) % 40 for g in range(1, G + 1)]):
+        selected = [torch.randperm(T - w)[:n].sort().values for n in lengths]
+        layer = cache.LayerCache(k, v, selected, w, reserve=3)
+        for _ in range(3):
+            layer.append(torch.randn(G, 1, D), torch.randn(G, 1, D))
+            q = torch.randn(H, 1, D)
+            expected = model_llava.decode_attention(q, layer.heads())
+            assert (layer.attend(q) - expected).abs().max() < 1e-5
 
 
 class LargestTensor(TorchDispatchMode):
@@ -1065,13 +1082,49 @@ def test_score_files(tmp_path):
 
 # ---- the shipped model ---------------------------------------------------------------------------
 
-def test_training_and_image_processor_see_the_same_pixels(tiny):
-    from experiments.train_tiny import patches
-    image = picture(96, 64)
-    ours, grid = patches(image)
-    processed = tiny.processor.image_processor(image, return_tensors="pt")
-    assert processed["image_grid_thw"].tolist() == [list(grid)]
-    assert np.abs(processed["pixel_values"].numpy() - ours).max() < 1e-5
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava-next"])
+def test_training_sees_what_the_command_sees(tmp_path, name):
+    """An untrained model of each layout, saved as training saves it: pixels, the number of image
+    tokens and which cell of the page each of them shows are those of our own loader, and
+    transformers' logits on a training batch are ours."""
+    from experiments import train_tiny
+    layout = train_tiny.LAYOUTS[name]
+    torch.manual_seed(0)
+    reference = layout.model_class(layout.config()).eval()
+    train_tiny.save_checkpoint_folder(layout, reference, tmp_path)
+    ours = model_llava.load(tmp_path, "cpu", "float32")
+    reference.load_state_dict({key: p.bfloat16().float()
+                               for key, p in reference.state_dict().items()})
+    stage = train_tiny.Stage("test", "language", ((256, 128),), 1, 1, 0, 0, ("form",))
+    batch, labels = train_tiny.make_batch(layout, stage, random.Random(1))
+    page = train_tiny.render_page(_replayed(random.Random(1), stage), "form", 256, 128)
+    prompt = model_llava.prepare(ours, [page.image], "What?")
+    processed = ours.processor.image_processor(page.image, return_tensors="pt")
+    assert (processed["pixel_values"] - batch["pixel_values"].float()).abs().max() < 0.005
+    image = prompt.images[0]
+    assert len(image) == (batch["input_ids"][0] == train_tiny.IMAGE).sum()
+    shown = labels[labels[:, 0] != train_tiny.IGNORE]
+    boxes = image.boxes[image.kinds == model_llava.GRID]
+    cells = train_tiny.cell_characters(page)
+    labels_of_boxes = [cells[int(y0) // 16, int(x0) // 16].tolist()
+                       for x0, y0, *_ in boxes.tolist()]
+    assert sorted(labels_of_boxes) == sorted(shown.tolist()) and shown.any()
+    if name == "qwen2-vl":                       # LLaVA's labels come tile by tile, not row by row
+        assert labels_of_boxes == shown.tolist()
+    longer = score_heads.force(prompt, [])
+    longer.ids = batch["input_ids"][0]
+    longer.starts = [int((longer.ids == train_tiny.IMAGE).nonzero()[0])]
+    longer.positions = ours.positions(len(longer.ids), longer.images, longer.starts)
+    batch["pixel_values"] = processed["pixel_values"]                  # training rounds to bfloat16
+    with torch.inference_mode():
+        expected = reference(**{key: x for key, x in batch.items() if key != "labels"}).logits[0]
+        assert (ours.logits(ours.hidden_states(longer)) - expected).abs().max() < 1e-4
+
+
+def _replayed(rng, stage):
+    """The generator as make_batch hands it to the renderer of its first page."""
+    rng.choice(stage.sizes), rng.choice(stage.kinds)
+    return rng
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])

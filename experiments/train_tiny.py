@@ -87,7 +87,7 @@ STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
               SMALL_KINDS),
-        Stage("glyphs", "vision", ((256, 64), (192, 96), (128, 128)), 16, 2500, 6e-3, 3e-4,
+        Stage("glyphs", "vision", ((256, 64), (192, 96), (128, 128)), 16, 1400, 6e-3, 5e-4,
               ALL_KINDS, wear=0.15),
         Stage("words", "language", ((64, 32), (80, 32)), 32, 400, 6e-3, 6e-3, ("lines", "form"),
               transcripts=0.6),
