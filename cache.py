@@ -308,18 +308,22 @@ class LayerCache:
         if len(set(self.lengths)) > 1:
             owner = torch.arange(G).repeat_interleave(torch.tensor(self.lengths)).to(k.device)
             self.foreign = (owner != torch.arange(G, device=k.device)[:, None])[:, None]
-        self.tail_k, self.tail_v = (x.new_empty(G, w + reserve, D) for x in (k, v))
+        self.tail_k, self.tail_v = (x.new_zeros(G, w + reserve, D) for x in (k, v))
         self.tail_length = 0
         self.append(k[:, T - w:], v[:, T - w:])
 
-    def append(self, k, v):
-        """Adds n entries to every head. k, v: (G, n, D). Moves nothing that is there.
+    def append(self, k, v, column=None):
+        """Adds n entries to every head, from the first free column of the tail on. k, v: (G, n, D).
+        Moves nothing that is there. column (1,): the device's own copy of that column's number.
 
         NOTE(official): there a CUDA kernel copies the layer's whole cache for every token."""
         start, end = self.tail_length, self.tail_length + k.shape[1]
         if end > self.tail_k.shape[1]:
             raise ValueError(f"the cache has no room for {end} recent entries; raise reserve")
-        self.tail_k[:, start:end], self.tail_v[:, start:end] = k, v
+        if column is None:
+            self.tail_k[:, start:end], self.tail_v[:, start:end] = k, v
+        else:
+            self.tail_k.index_copy_(1, column, k), self.tail_v.index_copy_(1, column, v)
         self.tail_length = end
 
     def heads(self):
@@ -329,8 +333,7 @@ class LayerCache:
         return [[head_k, self.tail_k[g, :t], head_v, self.tail_v[g, :t]] for g, (head_k, head_v)
                 in enumerate(zip(packed_k.split(self.lengths), packed_v.split(self.lengths)))]
 
-
-    def attend(self, q):
+    def attend(self, q, column=None):
         """What model_llava.decode_attention computes head by head, in a handful of products; equal
         up to rounding. q: (H, 1, D). Returns (H, 1, D).
 
@@ -338,10 +341,17 @@ class LayerCache:
         all heads hold equally many. If not, every query meets every packed key, and what is foreign
         to its head is masked: G times the multiplications, but each key and value is read once,
         nothing is padded and no long head keeps the others waiting.
+
+        With `column`, where the newest entry stands, shapes stay the same from step to step, as a
+        CUDA graph needs it: the whole tail is read, and its free columns are masked.
         """
         (H, _, D), G = q.shape, len(self.lengths)
         q = q.view(G, H // G, D) / math.sqrt(D)
-        recent = q @ self.tail_k[:, :self.tail_length].transpose(1, 2)             # (G, H/G, tail)
+        used = slice(self.tail_length if column is None else None)
+        recent = q @ self.tail_k[:, used].transpose(1, 2)                          # (G, H/G, tail)
+        if column is not None:
+            columns = torch.arange(recent.shape[-1], device=q.device)
+            recent = recent.masked_fill(columns > column, -torch.inf)
         if self.foreign is None:
             selected = q @ self.packed_k.view(G, -1, D).transpose(1, 2)             # (G, H/G, n_g)
         else:
@@ -353,7 +363,7 @@ class LayerCache:
             out = selected @ self.packed_v.view(G, -1, D)
         else:
             out = (selected.reshape(H, -1) @ self.packed_v).view(G, H // G, D)
-        return (out + recent @ self.tail_v[:, :self.tail_length]).view(H, 1, D)
+        return (out + recent @ self.tail_v[:, used]).view(H, 1, D)
 
 
 class KVCache:
@@ -370,6 +380,7 @@ class KVCache:
         """method: a Method; reserve: how many tokens will be appended at most; by_head: decode with
         the explicit loop over heads, the definition, instead of the fast products."""
         self.method, self.window, self.reserve, self.by_head = method, window, reserve, by_head
+        self.column = None                    # see fix_shapes
         self.layers = []
         self.kept = []                        # L lists of G ints: the entries held after prefill
 
@@ -392,11 +403,27 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Adds the entry of one new token to every head of a layer. k, v: (G, 1, D)."""
-        self.layers[layer].append(k, v)
+        self.layers[layer].append(k, v, self.column)
 
     def attend(self, layer, q):
         """Attention of one new token over what a layer holds. q: (H, 1, D). Returns (H, 1, D)."""
-        return self.layers[layer].attend(q)
+        return self.layers[layer].attend(q, self.column)
+
+    def fix_shapes(self):
+        """From now on each decoding step runs the same kernels over the same memory, so that a CUDA
+        graph can replay it. The column that it writes to is kept on the device, as `column`, which
+        the caller raises by one after each step."""
+        self.column = torch.tensor([self.tail_length], device=self.layers[0].tail_k.device)
+
+    @property
+    def tail_length(self):
+        """Entries in every head's tail: the window and the tokens appended since."""
+        return self.layers[0].tail_length
+
+    @tail_length.setter
+    def tail_length(self, length):
+        for layer in self.layers:
+            layer.tail_length = length
 
     def num_bytes(self):
         """Bytes of the entries held now, 2 * D * itemsize each; reserved columns do not count."""

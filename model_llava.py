@@ -30,6 +30,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 THUMBNAIL, GRID, NEWLINE = 0, 1, 2          # the kinds of image tokens; Qwen2-VL has only GRID
+MLP_SLICE = 4096                            # how many tokens of a prompt go through an MLP at once
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -161,12 +163,18 @@ def rotary_angles(positions, c):
     same number on all three, which makes it ordinary RoPE (arXiv 2104.09864). LLaVA-NeXT's
     sections leave everything to the first axis.
     """
-    D, device = c.head_dim, positions.device
-    frequency = 1.0 / c.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)    # (D/2,)
-    axis = torch.arange(3).repeat_interleave(torch.tensor(c.mrope_section)).to(device)      # (D/2,)
+    frequency, axis = rotary_frequencies(c.rope_theta, c.head_dim, tuple(c.mrope_section),
+                                         positions.device)
     angles = positions.float()[axis].T * frequency                                        # (T, D/2)
     angles = torch.cat([angles, angles], dim=-1)                                            # (T, D)
     return angles.cos(), angles.sin()
+
+
+@lru_cache
+def rotary_frequencies(theta, D, sections, device):
+    """The D/2 frequencies, and which of the three axes each turns with."""
+    frequency = 1.0 / theta ** (torch.arange(0, D, 2, device=device).float() / D)
+    return frequency, torch.arange(3).repeat_interleave(torch.tensor(sections)).to(device)
 
 
 def rotate(x, cos, sin):
@@ -259,7 +267,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, cos, sin, layer, cache):                               # (T, E) -> (T, E)
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        slices = self.post_attention_layernorm(x).split(MLP_SLICE)          # to bound its memory
+        return x + torch.cat([self.mlp(part) for part in slices])
 
 
 class Decoder(nn.Module):
@@ -329,10 +338,10 @@ class VisionLanguageModel(nn.Module):
 
     def decode(self, token, position, cache):
         """One decoding step: the logits (vocabulary,) that follow `token`, a text token, which
-        stands at `position` on all three axes."""
+        stands at `position` on all three axes. Both are numbers, or tensors (1,)."""
         device = self.decoder.embed_tokens.weight.device
-        x = self.decoder.embed_tokens(torch.tensor([token], device=device))                 # (1, E)
-        positions = torch.full((3, 1), position, device=device)
+        x = self.decoder.embed_tokens(torch.as_tensor(token, device=device).view(1))        # (1, E)
+        positions = torch.as_tensor(position, device=device).expand(3, 1)
         return self.logits(self.decoder(x, positions, cache)[0])
 
     def positions(self, T, images, starts):

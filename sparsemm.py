@@ -73,10 +73,9 @@ def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rh
     prefilled, cache_bytes = clock(model), cache.num_bytes()
     text = Streamer(model.processor.tokenizer, stream)
     text.show(tokens)
-    position = inputs.positions.max().item() + 1
+    step = DecodingStep(model, cache, tokens[0], inputs.positions.max().item() + 1)
     while tokens[-1] not in model.processor.end_tokens and len(tokens) < max_new_tokens:
-        tokens.append(model.decode(tokens[-1], position, cache).argmax().item())
-        position += 1
+        tokens.append(step.next_token())
         text.show(tokens)
     end = clock(model)
 
@@ -86,6 +85,54 @@ def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rh
         image_tokens=inputs.image_tokens, method=method, budget=budget, kept=cache.kept,
         cache_bytes=cache_bytes, full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
         prefill_seconds=prefilled - start, decode_seconds=end - prefilled, new_tokens=len(tokens))
+
+
+class DecodingStep:
+    """Greedy decoding, one token a call. On CUDA, where a step is hundreds of short kernels and
+    their launches would take longer than their work, the first call captures it as a CUDA graph,
+    and the others replay that."""
+
+    def __init__(self, model, cache, token, position):
+        """token: the last one so far; position: where it stands."""
+        self.model, self.cache, self.graph = model, cache, None
+        device = model.decoder.embed_tokens.weight.device
+        self.token, self.position = (torch.tensor([n], device=device) for n in (token, position))
+        self.captures = device.type == "cuda" and not cache.by_head
+
+    def run(self):
+        logits = self.model.decode(self.token, self.position, self.cache)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.position += 1
+        if self.cache.column is not None:
+            self.cache.column += 1
+
+    def capture(self):
+        """Runs one step outside the graph, since first calls allocate memory, and undoes it."""
+        self.cache.fix_shapes()
+        state = self.token, self.position, self.cache.column
+        before, length = [x.clone() for x in state], self.cache.tail_length
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.cache.tail_length = length
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+        self.cache.tail_length = length
+        for now, then in zip(state, before):
+            now.copy_(then)
+
+    def next_token(self):
+        if self.captures and self.graph is None:
+            self.capture()
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+            self.cache.tail_length += 1
+        return self.token.item()
 
 
 def clock(model):

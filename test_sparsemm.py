@@ -732,21 +732,27 @@ def test_cuda_equals_cpu(checkpoints, method):
         assert results[0]["kept"] == results[1]["kept"]
 
 
-def decode_logits(model, prompt, tokens, held):
+def decode_logits(model, prompt, tokens, held, fixed=False):
     """Logits (len(tokens), vocabulary) while `tokens` are forced after a prefill into the cache
-    `held`."""
+    `held`; fixed: with the shapes of a CUDA graph."""
+    logits, first = [], int(prompt.positions.max()) + 1
     with torch.inference_mode():
         model.hidden_states(prompt, held)
-        first = int(prompt.positions.max()) + 1
-        return torch.stack([model.decode(token, first + i, held) for i, token in enumerate(tokens)])
+        if fixed:
+            held.fix_shapes()
+        for i, token in enumerate(tokens):
+            logits.append(model.decode(token, first + i, held))
+            if fixed:
+                held.column += 1
+    return torch.stack(logits)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["vicuna", "qwen"])
-@pytest.mark.parametrize("by_head", [True, False], ids=["loop", "products"])
-def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method, by_head):
+@pytest.mark.parametrize("how", ["loop", "products", "fixed shapes"])
+def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method, how):
     """transformers' full attention, with a mask that hides from the new tokens what each head has
-    dropped; for the loop over heads and for the fast products."""
+    dropped; for the loop over heads, the fast products, and these over the whole tail."""
     _, reference, ours = checkpoints[name]
     c, images, tokens, w = ours.config, [picture(64, 50)], [40, 41, 60, 33, 70], 6
     prompt = model_llava.prepare(ours, images, "What is it?")
@@ -757,7 +763,8 @@ def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, 
         lambda scores, k: selections.append(select_entries(scores, k)) or selections[-1])
     plan = make_method(method, c.layers, c.kv_heads, T, budget=20, window=w,
                        scores=torch.rand(c.layers, c.heads))
-    logits = decode_logits(ours, prompt, tokens, KVCache(plan, w, n, by_head))
+    logits = decode_logits(ours, prompt, tokens, KVCache(plan, w, n, how == "loop"),
+                           how == "fixed shapes")
     if method != "full":
         assert sum(map(len, selections)) == (20 - w) * c.layers * c.kv_heads
 
