@@ -1,19 +1,36 @@
 """How fast? Measured on this machine, next to what others do and to what the machine allows.
 
+    python experiments/bench.py decode [--geometry vicuna-7b ...] [--lengths 8192 ...]
     python experiments/bench.py scoring [--model DIR ...] [--num 10]      images/s of score_heads.py
+    python experiments/bench.py command [--num 5]                         `python sparsemm.py`, cold
+
+`decode` has the published geometries with random weights, which is honest for time and memory: what
+a step costs does not depend on the numbers in it. A cache of T entries is filled with random keys
+and values, compressed, and extended by one token a step. Beside it:
+
+    full            our own cache with nothing evicted, decoded by the same code
+    transformers    its own model of the same geometry, DynamicCache, scaled_dot_product_attention
+    floor           the bytes that a step must read, weights and cache, over this machine's measured
+                    bandwidth
+    ideal           the ratio of full's bytes to the method's: no speed-up can be larger
+
+Head scores are as concentrated as the published ones of LLaVA: the top 5 % of heads hold 55 %.
+Methods are measured in turn, round by round, in one process; times are medians over all rounds.
+`--prefill` measures prefill, too, what compression adds to it, and the peak of memory.
 
 `scoring` compares score_heads.py with the procedure of the authors' code, in transformers: eager
 attention that returns its maps, one forward pass for every token of the transcript. Both count the
 same hits, which is checked. The transcript is the page's text (truth) or the model's own (model).
 
-Times are medians over pages, both sides in turn in one process. Results go to --out as JSON.
+Results go to --out as JSON, and as Markdown beside it.
 """
 
 import argparse
-import os
+import math
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,15 +38,210 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM,
+                          LlavaNextConfig, LogitsProcessor, LogitsProcessorList, MistralConfig,
+                          MistralForCausalLM, Qwen2ForCausalLM, Qwen2VLConfig)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from cache import KVCache, make_method
 from experiments.pages import render_page
-from model_llava import load, prepare
-from score_heads import OCR_PROMPT, align_tokens, score_page, tokens_in_box, transcribe, write_json
-from sparsemm import DEFAULT_MODEL
+from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
+from score_heads import (OCR_PROMPT, align_tokens, score_page, tokens_in_box, top_share, transcribe,
+                         write_json)
+from sparsemm import DEFAULT_MODEL, DecodingStep
 
-MACHINE = f"{platform.machine()}, {torch.get_num_threads()} threads"
+# ---- decoding ------------------------------------------------------------------------------------
+
+def llava(text):
+    """A LLaVA-NeXT of the published vision tower, CLIP ViT-L/14 at 336 pixels, and a decoder."""
+    return LlavaNextConfig(text_config=text, vision_config=CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        image_size=336, patch_size=14, projection_dim=768))
+
+
+WIDE = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064)
+GEOMETRIES = {      # name -> transformers' config, and its class of language model
+    "vicuna-7b": (lambda: llava(LlamaConfig(**WIDE, intermediate_size=11008)), LlamaForCausalLM),
+    "mistral-7b": (lambda: llava(MistralConfig(**WIDE, intermediate_size=14336,
+                                               num_key_value_heads=8, sliding_window=None)),
+                   MistralForCausalLM),
+    "qwen2-vl-7b": (lambda: Qwen2VLConfig(
+        text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+                         rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24],
+                                       "rope_theta": 1e6}),
+        vision_config=dict(hidden_size=3584), tie_word_embeddings=False), Qwen2ForCausalLM),
+    "small-mha": (lambda: llava(LlamaConfig(hidden_size=1024, intermediate_size=2048,
+                                            num_hidden_layers=8, num_attention_heads=16,
+                                            vocab_size=1024)), LlamaForCausalLM),
+}
+BASELINE = "transformers"
+
+
+def random_weights(module, device, dtype):
+    """Gives a module that was built on the meta device memory, and random numbers in it."""
+    module.to(dtype).to_empty(device=device)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.normal_(0, 0.02)
+    return module.eval()
+
+
+def concentrated_scores(L, H, seed, part=0.05, held=0.55):
+    """Head scores (L, H) that fall off as a power of the rank, in random places; the top `part` of
+    the heads hold `held` of the sum, as in the published scores."""
+    ranks = torch.arange(1, L * H + 1, dtype=torch.float64)
+    low, high = 0.0, 10.0
+    for _ in range(50):
+        power = (low + high) / 2
+        low, high = ((power, high) if top_share(ranks ** -power, part)[1] < held else (low, power))
+    order = torch.randperm(L * H, generator=torch.Generator().manual_seed(seed))
+    return (ranks ** -power)[order].view(L, H)
+
+
+def filled_cache(c, method, budget, scores, length, args, reserve):
+    """A KVCache as prefill leaves it, after a prompt of random keys and values."""
+    dtype, device = DTYPES[args.dtype], args.device
+    plan = make_method(method, c.layers, c.kv_heads, length, budget, scores=scores)
+    held = KVCache(plan, reserve=reserve)
+    for l in range(c.layers):
+        generator = torch.Generator(device).manual_seed(l)
+        q, k, v = (torch.randn(heads, length, c.head_dim, generator=generator, dtype=dtype,
+                               device=device) for heads in (c.heads, c.kv_heads, c.kv_heads))
+        held.compress(l, q, k, v)
+    return held
+
+
+class TransformersStep:
+    """One greedy decoding step of transformers' own model, after a prompt of random entries."""
+
+    def __init__(self, model, c, length, args):
+        self.model, self.cache = model, DynamicCache()
+        for l in range(c.layers):
+            k, v = (torch.randn(1, c.kv_heads, length, c.head_dim, dtype=DTYPES[args.dtype],
+                                device=args.device) for _ in "kv")
+            self.cache.update(k, v, l)
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=args.device)
+
+    def next_token(self):
+        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        self.token = out.logits[:, -1:].argmax(-1)
+        return self.token.item()
+
+
+def now(device):
+    """Seconds, once the device has done all that was asked of it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bandwidth(device, size=2 ** 30):
+    """Bytes a second at which this device reads memory: the best of ten sums over a large tensor
+    and of ten products of a large matrix with a vector."""
+    x = torch.ones(size // 4, device=device)
+    matrix, vector, best = x.view(-1, 4096), torch.ones(4096, device=device), math.inf
+    for work in (x.sum, lambda: matrix @ vector):
+        for _ in range(11):
+            start = now(device)
+            work()
+            best = min(best, now(device) - start)
+    return size / best
+
+
+def random_model(config, args):
+    """Our model of transformers' config, with random weights, and the bytes of the weights that a
+    decoding step reads."""
+    c = convert_config(config, config.model_type)
+    with torch.device("meta"):
+        model = MODELS[c.family](c)
+    random_weights(model, args.device, DTYPES[args.dtype])
+    read = [*model.decoder.layers.parameters(), model.lm_head.weight]
+    return model, sum(w.numel() * w.element_size() for w in read)
+
+
+def bench_decode(name, length, args):
+    """Milliseconds per token of one geometry and prompt length, all methods and budgets."""
+    make_config, reference_class = GEOMETRIES[name]
+    config = make_config()
+    model, weight_bytes = random_model(config, args)
+    c, rounds, warm_up = model.config, args.num, 2
+    scores = concentrated_scores(c.layers, c.heads, args.seed)
+    settings = [("full", length)] + [(method, budget) for budget in args.budgets
+                                     for method in ("snapkv", "pyramidkv", "adakv", "sparsemm")
+                                     if budget < length]
+    rows, steps = [], []
+    with torch.inference_mode():
+        for method, budget in settings:
+            held = filled_cache(c, method, budget, scores, length, args, rounds + warm_up)
+            steps.append(DecodingStep(model, held, 1, length))
+            rows.append(dict(method=method, budget=budget, cache_bytes=held.num_bytes()))
+        text = reference_class.config_class
+        text = text(**config.text_config.to_dict() | dict(model_type=text.model_type),
+                    attn_implementation="sdpa")
+        with torch.device("meta"):
+            reference = reference_class(text)
+        random_weights(reference, args.device, DTYPES[args.dtype])
+        steps.append(TransformersStep(reference, c, length, args))
+        rows.append(dict(method=BASELINE, budget=length, cache_bytes=rows[0]["cache_bytes"]))
+        taken = [[] for _ in steps]
+        for _ in tqdm(range(rounds + warm_up), desc=f"{name}, {length} tokens"):
+            for step, milliseconds in zip(steps, taken):
+                start = now(args.device)
+                step.next_token()
+                milliseconds.append(1000 * (now(args.device) - start))
+    speed = bandwidth(args.device)
+    medians = [statistics.median(milliseconds[warm_up:]) for milliseconds in taken]
+    for row, ms in zip(rows, medians):
+        read = weight_bytes + row["cache_bytes"]
+        row |= dict(ms_per_token=ms, tokens_per_second=1000 / ms,
+                    gigabytes_per_second=read / ms / 1e6, floor_ms=1000 * read / speed,
+                    speedup=medians[0] / ms, ideal=(weight_bytes + rows[0]["cache_bytes"]) / read)
+    result = dict(geometry=name, length=length, weight_bytes=weight_bytes, bandwidth=speed,
+                  rows=rows)
+    del steps, reference
+    if args.prefill:
+        result["prefill"] = bench_prefill(model, length, scores, args)
+    return result
+
+
+def bench_prefill(model, length, scores, args):
+    """Seconds and the peak of memory of a whole prefill, with nothing evicted and with sparsemm."""
+    c, ids = model.config, torch.randint(0, 1000, (length,), device=args.device)
+    prompt = Prompt(ids, torch.arange(length, device=args.device).expand(3, -1), [], [], [])
+    results = {}
+    for method in ("full", "sparsemm"):
+        seconds = []
+        for _ in range(3):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            plan = make_method(method, c.layers, c.kv_heads, length, 256, scores=scores)
+            start = now(args.device)
+            with torch.inference_mode():
+                model.logits(model.hidden_states(prompt, KVCache(plan, reserve=1))[-1])
+            seconds.append(now(args.device) - start)
+        results[method] = dict(seconds=statistics.median(seconds), peak_bytes=(
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None))
+    return results
+
+
+def decode_table(results):
+    """Markdown: a row for each method and budget."""
+    lines = ["| geometry | prompt | method | budget | ms/token | tokens/s | GB/s | floor, ms "
+             "| speed-up | ideal |", "|---" * 10 + "|"]
+    for result in results:
+        for row in result["rows"]:
+            lines.append(f"| {result['geometry']} | {result['length']} | {row['method']} "
+                         f"| {row['budget']} | {row['ms_per_token']:.2f} "
+                         f"| {row['tokens_per_second']:.1f} | {row['gigabytes_per_second']:.1f} "
+                         f"| {row['floor_ms']:.2f} | {row['speedup']:.2f} | {row['ideal']:.2f} |")
+    for result in results:
+        for method, what in result.get("prefill", {}).items():
+            peak = f", peak {what['peak_bytes'] / 2 ** 30:.2f} GiB" if what["peak_bytes"] else ""
+            lines.append(f"\n{result['geometry']}, {result['length']} tokens, {method}: prefill "
+                         f"{what['seconds']:.2f} s{peak}")
+    return "\n".join(lines)
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -69,7 +281,7 @@ def score_step_by_step(reference, ours, image, words, ids=None):
     for i, word in enumerate(align_tokens(pieces, [text for text, _ in words])):
         if word is None or len(regions[word]) == 0:
             continue
-        for l, maps in enumerate(out.attentions[i]):                             # (1, H, rows, keys)
+        for l, maps in enumerate(out.attentions[i]):                            # (1, H, rows, keys)
             hit = torch.isin(maps[0, :, -1].argmax(-1), regions[word])
             scores[l] += hit / len(regions[word])
     return scores, written
@@ -96,7 +308,7 @@ def bench_scoring(folder, num, seed):
                                                    truth if whose == "truth" else None)
             end = time.perf_counter()
             assert written == ids and torch.allclose(scores, expected), (i, whose)
-            if i > 0:                                                        # the first one warms up
+            if i > 0:                                                       # the first one warms up
                 tokens += len(ids)
                 for side, taken in (("ours", middle - start), ("step by step", end - middle)):
                     seconds.setdefault((whose, side), []).append(taken)
@@ -120,23 +332,70 @@ def scoring_table(results):
     return "\n".join(lines)
 
 
+# ---- the command, cold ---------------------------------------------------------------------------
+
+def bench_command(num):
+    """Seconds of wall time of the README's first command, in a new process each time."""
+    command = [sys.executable, "sparsemm.py", "--image", "tiny/receipt.png", "--prompt",
+               "What is the Total?"]
+    seconds = []
+    for _ in tqdm(range(num)):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    imports = "import torch, transformers; from transformers import AutoTokenizer"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", imports], check=True)
+    return dict(command=" ".join(command[1:]), seconds=statistics.median(seconds), runs=seconds,
+                imports_alone=time.perf_counter() - start)
+
+
+def command_table(result):
+    return ("| command | wall time, s | importing torch and transformers alone, s |\n"
+            "|---|---|---|\n"
+            f"| {result['command']} | {result['seconds']:.1f} | {result['imports_alone']:.1f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["scoring"])
-    parser.add_argument("--model", nargs="+", help="default: the small models in tiny/")
-    parser.add_argument("--num", type=int, default=10, help="pages")
+    parser.add_argument("part", choices=["decode", "scoring", "command"])
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
+                        help="default: the 7B ones on CUDA, small-mha on a CPU")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 16384, 32768],
+                        help="prompt lengths in tokens")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--prefill", action="store_true", help="measure prefill and memory, too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--model", nargs="+", help="scoring: default the small models in tiny/")
+    parser.add_argument("--num", type=int, default=10, help="pages, runs, or rounds of decoding")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="default: results/bench-PART.json beside this file")
     args = parser.parse_args()
-    models = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
-    results = [bench_scoring(folder, args.num, args.seed) for folder in models]
-    print(scoring_table(results))
+    on_cpu = torch.device(args.device).type == "cpu"
+    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    torch.manual_seed(args.seed)
+    if args.part == "decode":
+        names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:3])
+        results = [bench_decode(name, length, args) for name in names for length in args.lengths]
+        table = decode_table(results)
+    elif args.part == "scoring":
+        models = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
+        results = [bench_scoring(folder, args.num, args.seed) for folder in models]
+        table = scoring_table(results)
+    else:
+        results = bench_command(args.num)
+        table = command_table(results)
+    print(table)
+    machine = (f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if on_cpu
+               else torch.cuda.get_device_name())
     out = Path(args.out or Path(__file__).parent / "results" / f"bench-{args.part}.json")
     out.parent.mkdir(exist_ok=True)
     write_json(dict(command="python experiments/bench.py " + " ".join(sys.argv[1:]),
-                    machine=MACHINE, cores=os.cpu_count(), torch=torch.__version__,
+                    machine=machine, dtype=args.dtype, torch=torch.__version__,
                     transformers=transformers.__version__, seed=args.seed, results=results), out)
+    out.with_suffix(".md").write_text(table + "\n")
 
 
 if __name__ == "__main__":
