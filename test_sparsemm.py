@@ -7,6 +7,7 @@ Letters as in the scripts: L layers, H query heads, G KV heads, T prompt tokens,
 window.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -43,7 +44,8 @@ from cache import (METHODS, KVCache, allocate_budgets, make_method, observation_
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 HERE = Path(__file__).parent
-TINY = HERE / "tiny" / "qwen2-vl"
+TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
+FLOORS = [("qwen2-vl", "receipt", (256, 256), 5)]       # small model, page, pixels, right of ten
 SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
 
@@ -158,7 +160,8 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny():
-    return model_llava.load(TINY, "cpu", "float32")
+    """name -> the small models that are shipped"""
+    return {name: model_llava.load(HERE / "tiny" / name, "cpu", "float32") for name in TINY}
 
 
 def picture(width, height, seed=0):
@@ -1092,8 +1095,8 @@ def test_score_files(tmp_path):
 @pytest.mark.parametrize("name", ["qwen2-vl", "llava-next"])
 def test_training_sees_what_the_command_sees(tmp_path, name):
     """An untrained model of each layout, saved as training saves it: pixels, the number of image
-    tokens and which cell of the page each of them shows are those of our own loader, and
-    transformers' logits on a training batch are ours."""
+    tokens and which cell of the page each of them shows are those of our own loader, and the logits
+    on a training batch, with training's own attention and patch embedding, are ours."""
     from experiments import train_tiny
     layout = train_tiny.LAYOUTS[name]
     torch.manual_seed(0)
@@ -1123,6 +1126,8 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
     longer.starts = [int((longer.ids == train_tiny.IMAGE).nonzero()[0])]
     longer.positions = ours.positions(len(longer.ids), longer.images, longer.starts)
     batch["pixel_values"] = processed["pixel_values"]                  # training rounds to bfloat16
+    reference.set_attn_implementation("products")
+    train_tiny.as_matrix_product(layout.patch_embedding(reference))
     with torch.inference_mode():
         expected = reference(**{key: x for key, x in batch.items() if key != "labels"}).logits[0]
         assert (ours.logits(ours.hidden_states(longer)) - expected).abs().max() < 1e-4
@@ -1136,34 +1141,73 @@ def _replayed(rng, stage):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])
 def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, sample):
+    model = tiny[sparsemm.DEFAULT_MODEL.name]
     image = sparsemm.open_image(HERE / "tiny" / sample["image"])
-    result = sparsemm.generate(tiny, [image], sample["prompt"],
-                               scores=sparsemm.find_scores(tiny, None))
+    result = sparsemm.generate(model, [image], sample["prompt"],
+                               scores=sparsemm.find_scores(model, None))
+    c = model.config
     assert result["text"] == sample["answer"]
-    assert sum(map(sum, result["kept"])) == 256 * 8 * 4 < result["prompt_tokens"] * 8 * 4
+    assert (sum(map(sum, result["kept"])) == 256 * c.layers * c.kv_heads
+            < result["prompt_tokens"] * c.layers * c.kv_heads)
 
 
-def test_shipped_model_equals_transformers(tiny):
-    reference = Qwen2VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
-    image = sparsemm.open_image(HERE / "tiny" / SAMPLES[0]["image"])
-    prompt = model_llava.prepare(tiny, [image], SAMPLES[0]["prompt"])
-    with torch.inference_mode():
-        logits = tiny.logits(tiny.hidden_states(prompt))
-    assert (logits - reference_logits(reference, tiny, prompt, [image])).abs().max() < 1e-3
+@pytest.mark.parametrize("name", TINY)
+def test_shipped_weights_are_those_of_the_model_card(tiny, name):
+    """Loading is strict, so that `tiny` holds exactly the tensors of the file."""
+    weights = HERE / "tiny" / name / "model.safetensors"
+    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"| `{name}` | `{checksum}` |" in (HERE / "tiny" / "README.md").read_text()
+    assert tiny[name].config.layers * tiny[name].config.heads >= 64
+    assert sum(f.stat().st_size for f in weights.parent.iterdir()) <= 12_000_000
 
 
-def test_new_pages_are_read(tiny):
-    """Ten receipts, one question each, that no training batch has drawn. The floor lies under the
+@pytest.mark.parametrize("name", TINY)
+def test_scores_from_two_halves_of_the_pages_agree(tiny, name):
+    """Spearman's rank correlation of the shipped scores, even pages against odd ones, over the
+    heads that ever hit; and the best 5 % of the heads are much the same."""
+    table = json.loads((HERE / "tiny" / name / sparsemm.SCORES_FILE).read_text())
+    pages = torch.tensor(list(table.values()))                                  # (heads, pages)
+    even, odd = pages[:, ::2].mean(1), pages[:, 1::2].mean(1)
+    some = (even + odd) > 0
+    ranks = torch.stack([x[some].argsort().argsort().double() for x in (even, odd)])
+    assert torch.corrcoef(ranks)[0, 1] > 0.9
+    best = [set(x.topk(round(0.05 * len(x))).indices.tolist()) for x in (even, odd)]
+    assert len(best[0] & best[1]) >= len(best[0]) - 1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_shipped_model_writes_what_transformers_writes(tiny, name):
+    ours, folder = tiny[name], HERE / "tiny" / name
+    made = (LlavaNextForConditionalGeneration if ours.config.family == "llava_next"
+            else Qwen2VLForConditionalGeneration)
+    reference = made.from_pretrained(folder, dtype=torch.float32)
+    for sample in SAMPLES[:2]:
+        image = sparsemm.open_image(HERE / "tiny" / sample["image"])
+        prompt = model_llava.prepare(ours, [image], sample["prompt"])
+        with torch.inference_mode():
+            logits = ours.logits(ours.hidden_states(prompt))
+        assert (logits - reference_logits(reference, ours, prompt, [image])).abs().max() < 1e-3
+        inputs = dict(ours.processor.image_processor(image, return_tensors="pt"))
+        if ours.config.family == "qwen2_vl":
+            inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
+        written = reference.generate(input_ids=prompt.ids[None], **inputs, max_new_tokens=24)
+        result = sparsemm.generate(ours, [image], sample["prompt"], "full", max_new_tokens=24)
+        assert result["token_ids"] == written[0, len(prompt.ids):].tolist()
+
+
+@pytest.mark.parametrize("name, kind, size, floor", FLOORS)
+def test_new_pages_are_read(tiny, name, kind, size, floor):
+    """One question each about pages that no training batch has drawn. The floor lies under the
     share that tiny/README.md states."""
     from experiments.pages import render_page
     right = 0
     for i in range(10):
         rng = random.Random(f"new page {i}")
-        page = render_page(rng, "receipt", 256, 256)
+        page = render_page(rng, kind, *size)
         key, value = rng.choice(page.questions)
-        answer = sparsemm.generate(tiny, [page.image], f"What is the {key}?", "full")["text"]
+        answer = sparsemm.generate(tiny[name], [page.image], f"What is the {key}?", "full")["text"]
         right += answer == value
-    assert right >= 5
+    assert right >= floor
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -89,27 +89,27 @@ STAGES = {
               SMALL_KINDS),
         Stage("glyphs", "vision", ((256, 64), (192, 96), (128, 128)), 16, 1400, 6e-3, 5e-4,
               ALL_KINDS, wear=0.15),
-        Stage("words", "language", ((64, 32), (80, 32)), 32, 400, 6e-3, 6e-3, ("lines", "form"),
+        Stage("words", "language", ((64, 32), (80, 32)), 32, 300, 6e-3, 6e-3, ("lines", "form"),
               transcripts=0.6),
-        Stage("strips", "language", ((128, 32), (128, 48), (160, 32)), 24, 500, 6e-3, 6e-3,
+        Stage("strips", "language", ((128, 32), (128, 48), (160, 32)), 24, 300, 6e-3, 6e-3,
               ("lines", "form"), transcripts=0.5),
-        Stage("blocks", "language", ((192, 64), (256, 64), (128, 128)), 16, 600, 6e-3, 5e-3,
+        Stage("blocks", "language", ((192, 64), (256, 64), (128, 128)), 16, 300, 6e-3, 5e-3,
               PLAIN_KINDS),
-        Stage("cards", "language", ((256, 128), (192, 192), (320, 96)), 10, 500, 5e-3, 4e-3,
+        Stage("cards", "language", ((256, 128), (192, 192), (320, 96)), 10, 300, 5e-3, 4e-3,
               ALL_KINDS, wear=0.05),
-        Stage("pages", "language", ((256, 256), (256, 192), (384, 192), (256, 320)), 6, 1000, 4e-3,
+        Stage("pages", "language", ((256, 256), (256, 192), (384, 192), (256, 384)), 6, 800, 4e-3,
               1e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.3),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
         Stage("glyphs", "vision", ((256, 128), (128, 256)), 12, 2500, 6e-3, 3e-4, ALL_KINDS,
               wear=0.15),
-        Stage("words", "language", ((128, 128),), 16, 500, 6e-3, 6e-3, ("lines", "form"), 2,
+        Stage("words", "language", ((128, 128),), 16, 300, 6e-3, 6e-3, ("lines", "form"), 2,
               transcripts=0.6),
-        Stage("strips", "language", ((128, 128), (256, 128)), 12, 600, 6e-3, 6e-3,
+        Stage("strips", "language", ((128, 128), (256, 128)), 12, 350, 6e-3, 6e-3,
               ("lines", "form"), 4, transcripts=0.5),
-        Stage("blocks", "language", ((256, 128), (128, 256)), 10, 600, 6e-3, 5e-3, PLAIN_KINDS),
-        Stage("cards", "language", ((256, 128), (256, 256)), 8, 500, 5e-3, 4e-3, ALL_KINDS,
+        Stage("blocks", "language", ((256, 128), (128, 256)), 10, 400, 6e-3, 5e-3, PLAIN_KINDS),
+        Stage("cards", "language", ((256, 128), (256, 256)), 8, 400, 5e-3, 4e-3, ALL_KINDS,
               wear=0.05),
         Stage("pages", "language", ((256, 256), (384, 128), (256, 384)), 6, 1000, 4e-3, 1e-4,
               ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.3),
@@ -382,7 +382,11 @@ class Batches(Dataset):
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention as two matrix products: on rows of some hundred tokens its backward pass takes half
-    the time of scaled_dot_product_attention's on a CPU."""
+    the time of scaled_dot_product_attention's on a CPU. Where only causality is to be masked there
+    is no mask."""
+    T = query.shape[2]
+    if attention_mask is None and kwargs.get("is_causal", module.is_causal):
+        attention_mask = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
