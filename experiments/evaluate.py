@@ -301,7 +301,7 @@ def judge_runs(task, examples, runs, done):
         kept, full = (fmean(line[f"{what}_entries"] for line in made) for what in ("kept", "full"))
         results.append(dict(method=method, budget=budget, **totals, kept_entries=kept,
                             share_kept=kept / full))
-        lines += [dict(line, image=str(e.row["image"]), prompt=e.prompt, answers=e.answers,
+        lines += [dict(line, image=e.row["image"], prompt=e.prompt, answers=e.answers,
                        score=score) for line, e, score in zip(made, examples, scores)]
     return sorted(lines, key=lambda line: line["row"]), results
 
