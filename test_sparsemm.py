@@ -40,6 +40,7 @@ import score_heads
 import sparsemm
 from cache import (METHODS, KVCache, allocate_budgets, make_method, observation_scores,
                    select_entries)
+from experiments import evaluate, metrics, miniatures
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -1302,11 +1303,11 @@ def test_command_needs_no_model_code_of_transformers(checkpoints, tmp_path):
 
 # ---- bad input -----------------------------------------------------------------------------------
 
-def rejected(capfd, *argv):
+def rejected(capfd, *argv, main=sparsemm.main):
     """The one line on stderr of a command that ends with status 2 and says nothing on stdout."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
-        sparsemm.main([str(a) for a in argv])
+        main([str(a) for a in argv])
     out, err = capfd.readouterr()
     assert end.value.code == 2
     assert out == ""
@@ -1447,3 +1448,317 @@ def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
                  "--json")
     result = json.loads(out)
     assert result["kept"] == [[result["prompt_tokens"]] * 4] * 3
+
+
+# ---- the seven benchmarks ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prediction, answers, expected", [
+    ("hello", ["hello"], 1),
+    ("  HELLO \n World", ["hello world"], 1),
+    ("abcd", ["abxx"], 0.5),                                           # exactly 0.5 still counts
+    ("abc", ["axx"], 0),                                               # 1/3 does not
+    ("abcdefg", ["abcdxxx"], 4 / 7),
+    ("abcd", ["zzzz", "abcx", "abxx"], 0.75),                          # the best answer
+    ("", ["abc"], 0),
+    ("", [""], 1),
+    ("total 5", ["5"], 0),                                             # 1 - 6/7
+])
+def test_anls_by_hand(prediction, answers, expected):
+    assert metrics.anls(prediction, answers) == pytest.approx(expected)
+
+
+def test_ocrbench_containment():
+    assert metrics.contains("It says OPEN now.", ["closed", "open"]) == 1
+    assert metrics.contains("open", ["Open now"]) == 0                 # not the other way round
+    assert metrics.contains("first\nsecond", ["First second"]) == 1
+    assert metrics.contains("x ^ { 2 }", ["x^{2}"]) == 0
+    assert metrics.contains("so x ^ {2} + 1", ["x ^{ 2\n}"], ignore_spaces=True) == 1
+    assert metrics.contains("firstsecond", ["first second"]) == 0
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("The Two dogs.", "2 dogs"), ("an apple", "apple"), ("None", "0"), ("ten", "10"),
+    ("1,000", "1000"), ("$3.50", "$3.50"), ("U.S.A.", "usa"), ("is it?", "is it"),
+    ("red-green", "red green"), ("red - green", "red green"), ("re-do - it", "redo it"),
+    ("(yes)", "yes"), ("dont", "don't"), ("couldnt've", "couldn't've"), ("oclock", "o'clock"),
+    ("what's up", "what 's up"), (" two\nlines\there ", "2 lines here"), ("the", ""),
+])
+def test_vqa_answers_are_normalised_as_by_evalai(text, expected):
+    assert metrics.normalise_answer(text) == expected
+
+
+@pytest.mark.parametrize("matching, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1),
+                                                (10, 1)])
+def test_vqa_accuracy_votes_among_nine_of_ten(matching, expected):
+    """With 3 of 10: left-out answers that match see 2 others, 2/3; the seven others see 3, 1."""
+    answers = ["The Red."] * matching + [f"blue {i}" for i in range(10 - matching)]
+    assert metrics.vqa_accuracy("red", answers) == pytest.approx(expected)
+    assert metrics.vqa_accuracy("RED!", answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("prediction, answer, expected", [
+    ("105", "100", 1), ("95", "100", 1), ("105.1", "100", 0), ("-95", "-100", 1), ("95", "-100", 0),
+    ("5%", "0.05", 1), ("5%", "5", 0), ("5.2%", "5%", 1), ("0", "0", 1), ("0.0", "0", 0),
+    ("0%", "0", 0), ("0.01", "0", 0), ("Yes", "yes", 1), ("yes ", "yes", 0), ("1,000", "1000", 0),
+    ("1,000", "1,000", 1), ("ten", "10", 0), ("%", "%", 1), ("", "", 1),
+])
+def test_chartqa_relaxed_accuracy(prediction, answer, expected):
+    assert metrics.relaxed_match(prediction, answer) == expected
+
+
+@pytest.mark.parametrize("prediction, letter", [
+    ("B", "B"), ("B.", "B"), ("(B)", "B"), ("B: dog", "B"), ("The answer is B.", "B"),
+    ("b", None), ("E", None), ("", None), ("A or B", None), ("A. cat, B. dog", None),
+    ("a dog", "B"), ("It is a DOG", "B"), ("cat and dog", None), ("A dog is in the picture", "B"),
+    ("Ah, Bats", None),
+])
+def test_mmbench_choice_is_a_unique_letter_or_text(prediction, letter):
+    assert metrics.choose(prediction, {"A": "cat", "B": "dog", "C": "cow"}) == letter
+
+
+def test_mmbench_is_circular():
+    indices = [7, 1_000_007, 2_000_007, 8, 1_000_008, 3_000_009]
+    assert metrics.circular(indices, [1, 1, 1, 1, 0, 1]) == {7: 1, 8: 0, 9: 1}
+
+
+def test_cider_by_hand():
+    red, cat, cow = "a red dog runs fast", "the blue cat sleeps", "one cow eats"
+    references = [[red], [cat], [cow]]
+    # identical; the last has no 4-grams, which count 0
+    assert metrics.cider([red.upper() + "!", cat, cow], references) == pytest.approx([10, 10, 7.5])
+    assert metrics.cider([cat, cow, red], references) == [0, 0, 0]                     # disjoint
+    assert metrics.cider([red], [[red]]) == [0]                      # one image: ln 1 - ln 1 = 0
+    assert metrics.cider(["", cat], [[red], [cat]]) == pytest.approx([0, 10])
+    # "a" is common to both images and weighs 0, "dog" weighs ln 2; bigrams: none against one
+    two = [["a dog"], ["a cat"]]
+    assert metrics.cider(["dog", "cat"], two) == pytest.approx([10 / 4 * math.exp(-1 / 72)] * 2)
+    # 2 ln 2 is clipped to ln 2: ln 2 * ln 2 / (2 ln 2 * ln 2) = 1/2; no bigram in common
+    assert metrics.cider(["dog dog", ""], two) == pytest.approx([10 / 4 / 2, 0])
+    # the mean over references: the other one shares nothing
+    assert metrics.cider(["dog", ""], [["a dog", "a cow"], ["a cat"]]) == \
+        pytest.approx([10 / 4 / 2 * math.exp(-1 / 72), 0])
+    assert metrics.tokenize("It's 3.50, a co-op.") == ["it", "'s", "3.50", "a", "co-op"]
+
+
+ASKED = {"docvqa": (32, "\nAnswer the question using a single word or phrase."),
+         "ocrbench": (128, ""),
+         "textvqa": (32, "\nAnswer the question using a single word or phrase."),
+         "chartqa": (16, "\nAnswer the question with a single word."),
+         "textcaps": (64, "Provide a one-sentence caption for the provided image."),
+         "mmbench": (1024, "\n\nAnswer with the option's letter from the given choices directly."),
+         "vqav2": (16, "\nAnswer the question using a single word or phrase.")}
+HIGHEST = {"textcaps": lambda score: 2 < score <= 10, "textvqa": lambda score: score >= 0.9,
+           "vqav2": lambda score: score >= 0.9}
+
+
+def evaluate_on(capfd, *argv):
+    """What the command prints."""
+    capfd.readouterr()
+    evaluate.main([str(a) for a in argv])
+    return capfd.readouterr().out
+
+
+@pytest.mark.parametrize("task", evaluate.TASKS)
+def test_right_answers_get_the_highest_score(tiny, monkeypatch, capfd, tmp_path, task):
+    """From a miniature's file to the table, with a model that knows the answers."""
+    data = miniatures.make_miniature(task, tmp_path, 4)
+    assert "miniature" in data.name and "miniature" in data.parent.name
+    rows, asked = evaluate.read_rows(data), []
+
+    def knows(model, images, prompt, method, budget, **more):
+        answers = evaluate.read_example(task, rows[len(asked)], len(asked), data.parent).answers
+        assert images[0].tobytes() == \
+            sparsemm.open_image(data.parent / rows[len(asked)]["image"]).tobytes()
+        asked.append((prompt, more["max_new_tokens"]))
+        return dict(text=max(answers, key=answers.count), kept=[[3, 4], [5, 6]], prompt_tokens=9)
+
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny)
+    monkeypatch.setattr(evaluate, "generate", knows)
+    printed = evaluate_on(capfd, "--task", task, "--data", data, "--methods", "full",
+                          "--out", tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "table.json").read_text())["results"][0]
+    assert HIGHEST.get(task, lambda score: score == 1)(result["score"]), result
+    assert (result["n"], result["kept_entries"], result["share_kept"]) == (4, 18, 0.5)
+    assert printed.splitlines()[-1].split()[:2] == ["full", "-"]
+    assert {(tokens, prompt.endswith(ASKED[task][1])) for prompt, tokens in asked} == \
+        {(ASKED[task][0], True)}
+    lines = (tmp_path / "out" / "scores.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(len(rows)))
+
+
+def test_prompts_by_hand():
+    def prompt(task, **row):
+        row = {"image": "a.png", "question": "Which Shop is it?", "answer": "A", "index": 1, **row}
+        return evaluate.TASKS[task].ask(row)
+    assert prompt("textvqa") == "Which shop is it?"
+    assert prompt("docvqa") == prompt("vqav2") == prompt("chartqa") == "Which Shop is it?"
+    assert prompt("ocrbench", question=" Read it.\n") == "Read it."
+    assert prompt("textcaps") == ""
+    assert prompt("mmbench", hint="nan", A="Aldi", B=7, C=None, D=math.nan, E="") == \
+        "Which Shop is it? There are several options:\nA. Aldi\nB. 7"
+    assert prompt("mmbench", hint="Look.", A="x", B="y") == \
+        "Look. Which Shop is it? There are several options:\nA. x\nB. y"
+
+
+def test_chartqa_and_mmbench_report_their_parts():
+    def example(number, answers, **row):
+        return evaluate.Example(number, 0, Path("a"), "", answers, row)
+    charts = [example(i, ["100"], type=kind)
+              for i, kind in enumerate(["human_test", "human_test", "augmented_test"])]
+    assert evaluate.judge_chartqa(charts, ["101", "no", "100"]) == \
+        ([1, 0, 1], dict(score=pytest.approx(2 / 3), n=3, human=0.5, augmented=1))
+    assert evaluate.judge_chartqa(charts[:1], ["1"])[1]["augmented"] is None
+    rows = [example(i, [answer], index=index, A="cat", B="dog") for i, (index, answer) in
+            enumerate([(5, "A"), (1_000_005, "B"), (6, "A"), (1_000_006, "B")])]
+    assert evaluate.judge_mmbench(rows, ["A", "dog", "A", "what"]) == \
+        ([1, 1, 1, 0], dict(score=0.5, n=2, unparsed=0.25))
+
+
+def write_data(folder, num):
+    """A file in VQAv2's fields, of `num` rows about random pictures."""
+    for i in range(num):
+        picture(40 + 8 * i, 50, seed=i).save(folder / f"{i}.png")
+    rows = [dict(question_id=100 + i, question=f"What {i}?", image=f"{i}.png",
+                 answers=[{"answer": "x"}, {"answer": "yz"}]) for i in range(num)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def contents(folder):
+    return [(folder / name).read_text() for name in ("scores.jsonl", "table.json")]
+
+
+def test_an_evaluation_is_resumed_after_a_kill(checkpoints, monkeypatch, capfd, tmp_path):
+    folder, _, ours = checkpoints["qwen"]
+    write_data(tmp_path, 3)
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: ours)
+    real, calls = sparsemm.generate, []
+
+    def dies(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    command = ("--task", "vqav2", "--data", tmp_path / "data.jsonl", "--model", folder,
+               "--methods", "full,snapkv", "--budgets", "40, 50")
+    evaluate_on(capfd, *command, "--out", tmp_path / "whole")
+    monkeypatch.setattr(evaluate, "generate", dies)
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_on(capfd, *command, "--out", cut)
+    kept = (cut / "predictions-0.jsonl").read_text()
+    assert kept.count("\n") == 5 and not (cut / "scores.jsonl").exists()
+    (cut / "predictions-0.jsonl").write_text(kept + '{"row": 1, "method": "snapkv", "pred')
+    evaluate_on(capfd, *command, "--out", cut)
+    assert len(calls) == 6 + 4                                        # 9 runs, 5 of which were done
+    assert contents(cut) == contents(tmp_path / "whole")
+    line = json.loads(contents(cut)[0].splitlines()[0])
+    picture_0 = sparsemm.open_image(tmp_path / "0.png")
+    expected = real(ours, [picture_0], f"What 0?{ASKED['vqav2'][1]}", "full", max_new_tokens=16)
+    assert (line["prediction"], line["kept_entries"]) == \
+        (expected["text"], sum(map(sum, expected["kept"])))
+    # a further budget asks only for what is new; other settings are not mixed in
+    evaluate_on(capfd, *command[:-1], "40,60", "--out", cut)
+    assert len(calls) == 10 + 3
+    assert [r["budget"] for r in json.loads(contents(cut)[1])["results"]] == [None, 40, 60]
+    assert [r["kept_entries"] for r in json.loads(contents(cut)[1])["results"]][1:] == \
+        [40 * 3 * 2, 60 * 3 * 2]
+    line = rejected(capfd, *command, "--out", cut, "--window", 20, main=evaluate.main)
+    assert "--out" in line and "another window" in line
+
+
+def test_an_evaluation_in_two_processes_equals_one(checkpoints, capfd, tmp_path):
+    write_data(tmp_path, 3)
+    command = ["--task", "vqav2", "--data", tmp_path / "data.jsonl", "--methods", "full,snapkv",
+               "--model", checkpoints["qwen"][0], "--budgets", "40"]
+    evaluate_on(capfd, *command, "--out", tmp_path / "one")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--", HERE / "experiments" / "evaluate.py", *command, "--out", tmp_path / "two"],
+        capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kept entries") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert [len((tmp_path / "two" / f"predictions-{rank}.jsonl").read_text().splitlines())
+            for rank in range(2)] == [4, 2]
+
+
+def test_unreadable_rows_are_named_and_left_out(checkpoints, monkeypatch, capfd, tmp_path):
+    rows = write_data(tmp_path, 3)
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    unreadable = [dict(rows[0], image="none.png"), dict(rows[0], image="bad.png"),
+                  dict(rows[0], question="<|image_pad|>"), dict(rows[0], answers=[]), [1],
+                  dict(image="0.png", answers=["x"]), dict(rows[0], question=7)]
+    lines = [json.dumps(row) for row in [*unreadable, *rows]]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines[:7] + ['{"cut'] + lines[7:]))
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: checkpoints["qwen"][2])
+    command = ("--task", "vqav2", "--data", data, "--methods", "full", "--out", tmp_path / "out")
+    printed = evaluate_on(capfd, *command)
+    assert "3 rows, 8 skipped" in printed and "row 0 (question_id 100): " in printed
+    skipped = json.loads(contents(tmp_path / "out")[1])["skipped"]
+    for name, reason in {"row 0 (question_id 100)": "none.png: no such file",
+                         "row 1 (question_id 100)": "bad.png: not a picture",
+                         "row 2 (question_id 100)": "<|image_pad|>",
+                         "row 3 (question_id 100)": "answers", "row 4": "not a JSON object",
+                         "row 5": "'question'", "row 6 (question_id 100)": "'question'",
+                         "row 7": "not a JSON object"}.items():
+        assert reason in skipped[name]
+    data.write_text("\n".join(lines[1:3]))                           # found out while running
+    with pytest.raises(SystemExit) as end:
+        evaluate_on(capfd, *command[:-1], tmp_path / "other")
+    assert end.value.code == 2 and not (tmp_path / "other" / "scores.jsonl").exists()
+    data.write_text("\n".join(lines[:1] + lines[3:7]))                                 # and before
+    line = rejected(capfd, *command[:-1], tmp_path / "other", main=evaluate.main)
+    assert "--data" in line and "none.png" in line
+
+
+def test_mmbench_limit_counts_questions_and_a_broken_one_is_left_out(tiny, monkeypatch, capfd,
+                                                                     tmp_path):
+    data = miniatures.make_miniature("mmbench", tmp_path, 3)
+    rows = evaluate.read_rows(data)
+    assert [row["index"] for row in rows[:4]] == [0, 1, 2, 1_000_000]
+    examples, errors = evaluate.read_examples("mmbench", rows, data.parent, limit=2)
+    assert {e.row["index"] % 1_000_000 for e in examples} == {0, 1} and not errors
+    assert len(examples) == len([row for row in rows if row["index"] % 1_000_000 < 2]) > 4
+    rows[3]["image"] = "none.png"                                    # a rotation of question 0
+    data.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny)
+    monkeypatch.setattr(evaluate, "generate",
+                        lambda *a, **b: dict(text="A", kept=[[1]], prompt_tokens=1))
+    evaluate_on(capfd, "--task", "mmbench", "--data", data, "--methods", "full", "--out", tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["results"][0]["n"] == 2 and list(table["skipped"]) == ["row 3 (index 1000000)"]
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--task", "gqa"], ["--task", "gqa", "docvqa"]),
+    (["--methods", "full,best"], ["--methods", "best", "snapkv"]),
+    (["--budgets", "64,x"], ["--budgets", "'x'", "32"]),
+    (["--budgets", "64,"], ["--budgets", "''"]),
+    (["--budgets", "31"], ["--budgets", "31", "32"]),
+    (["--limit", 0], ["--limit", "0"]),
+    (["--images", "no/such"], ["--images", "no/such"]),
+    (["--data", "none.jsonl"], ["--data", "none.jsonl", "cannot be read"]),
+    (["--data", HERE / "sparsemm.py"], ["--data", "sparsemm.py", "not JSON"]),
+    (["--data", HERE / "tiny" / "qwen2-vl" / "config.json"], ["--data", "config.json", "list"]),
+    (["--data", HERE / "tiny" / "samples.json"], ["--data", "samples.json", "vqav2", "answers"]),
+    (["--model", "no/such/folder"], ["no/such/folder"]),
+    (["--out", HERE / "README.md"], ["--out", "README.md"]),
+    (["--make-miniature", HERE / "README.md"], ["--make-miniature", "README.md"]),
+])
+def test_bad_arguments_of_the_evaluation(capfd, tmp_path, arguments, expected):
+    write_data(tmp_path, 1)
+    line = rejected(capfd, "--task", "vqav2", "--data", tmp_path / "data.jsonl", "--out", tmp_path,
+                    "--methods", "full", *arguments, main=evaluate.main)
+    assert all(word in line for word in expected), line
+
+
+def test_evaluation_needs_scores_and_a_file(checkpoints, monkeypatch, capfd, tmp_path):
+    write_data(tmp_path, 1)
+    command = ("--task", "vqav2", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
+    line = rejected(capfd, *command, "--model", checkpoints["qwen"][0], main=evaluate.main)
+    assert "--scores" in line and "score_heads.py" in line
+    assert "--data" in rejected(capfd, "--task", "docvqa", main=evaluate.main)
+    assert "--task" in rejected(capfd, "--data", tmp_path / "data.jsonl", main=evaluate.main)
