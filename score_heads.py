@@ -33,6 +33,7 @@ import json
 import os
 import random
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -202,7 +203,8 @@ class Annotated:
             image = open_image(self.folder / entry["image_name"])
         except (KeyError, TypeError, ValueError) as error:
             name = entry.get("id", i) if isinstance(entry, dict) else i
-            raise ValueError(f"entry {name}: {type(error).__name__} {error}") from None
+            reason = str(error).removeprefix("--image ")
+            raise ValueError(f"entry {name}: {type(error).__name__} {reason}") from None
         return image, words, " ".join(text for text, _ in words)
 
 
@@ -330,7 +332,7 @@ def main(argv=None):
     parser, args = parse_arguments(argv)
     rank, ranks = 0, 1
     if dist.is_torchelastic_launched():                                            # under torchrun
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))     # ranks may end hours apart
         rank, ranks = dist.get_rank(), dist.get_world_size()
         if args.device in ("auto", "cuda") and torch.cuda.is_available():
             args.device = f"cuda:{dist.get_node_local_rank()}"
