@@ -143,7 +143,7 @@ def arrange(panels, count, before, now):
 # ---- curves --------------------------------------------------------------------------------------
 
 LINES = ((200, 30, 30), (30, 100, 200), (20, 150, 80), (230, 140, 0), (130, 70, 180), (0, 160, 180),
-         (150, 90, 40), (120, 120, 120), (0, 0, 0))                     # colours, one for each curve
+         (150, 90, 40), (120, 120, 120), (0, 0, 0))                    # colours, one for each curve
 MARKS = 4                                                               # circle, square, ...
 
 
@@ -160,11 +160,11 @@ def mark(draw, x, y, i, radius=5):
         draw.polygon(((x, y - r - 1), (x + r + 1, y), (x, y + r + 1), (x - r - 1, y)), fill=fill)
 
 
-def line_charts(panels, path, title, x_label, x_ticks, y_label="accuracy, %"):
-    """A PNG of one or more panels side by side, with a common legend. The x axis is logarithmic.
+def line_charts(panels, path, title, x_label, x_ticks):
+    """A PNG of panels side by side, with a common legend. x is logarithmic, y shown as per cent.
 
     panels: {title of a panel: {name of a curve: [(x, y in [0, 1]), ...]}}; a curve of one point is
-    a dashed line across the panel, the mark to reach.
+    drawn as a dashed line across the panel, the mark to reach.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     width, height, top, left = 470, 320, 64, 62
@@ -177,7 +177,6 @@ def line_charts(panels, path, title, x_label, x_ticks, y_label="accuracy, %"):
         draw_panel(draw, box, curves, names, x_ticks, small)
         draw.text(((box[0] + box[2]) / 2, box[3] + 26), x_label, font=small, fill="black",
                   anchor="mt")
-    draw.text((6, top - 20), y_label, font=small, fill="black")
     x = left + len(panels) * (width + 60) - 36
     for i, name in enumerate(names):
         y = top + 10 + 22 * i
