@@ -142,8 +142,8 @@ def arrange(panels, count, before, now):
 
 # ---- curves --------------------------------------------------------------------------------------
 
-LINES = ((200, 30, 30), (30, 100, 200), (20, 150, 80), (230, 140, 0), (130, 70, 180), (0, 160, 180),
-         (150, 90, 40), (120, 120, 120), (0, 0, 0))                    # colours, one for each curve
+LINES = ((0, 0, 0), (205, 30, 30), (30, 100, 200), (20, 150, 80), (235, 145, 0), (130, 70, 180),
+         (0, 165, 185), (150, 90, 40), (130, 130, 130))                # colours, one for each curve
 MARKS = 4                                                               # circle, square, ...
 
 
@@ -190,7 +190,7 @@ def draw_panel(draw, box, curves, names, x_ticks, font):
     """Axes and curves of one panel in a box (x0, y0, x1, y1) of the picture."""
     x0, y0, x1, y1 = box
     points = [point for curve in curves.values() for point in curve]
-    low_x, high_x = (math.log(f([x for x, _ in points] + list(x_ticks))) for f in (min, max))
+    low_x, high_x = (math.log(f(x for x, _ in points)) for f in (min, max))
     low_y = math.floor(10 * min(y for _, y in points)) / 10
     high_y = max(low_y + 0.1, math.ceil(10 * max(y for _, y in points)) / 10)
 
@@ -205,10 +205,12 @@ def draw_panel(draw, box, curves, names, x_ticks, font):
         draw.text((x0 - 6, y), str(10 * tick), font=font, fill="black", anchor="rm")
     for tick in x_ticks:
         x = place(tick, low_y)[0]
+        if not x0 < x < x1:
+            continue
         draw.line((x, y0, x, y1), fill=(235, 235, 235))
         draw.text((x, y1 + 6), str(tick), font=font, fill="black", anchor="mt")
     for name, curve in reversed(curves.items()):                          # the first one on top
-        i, places = names.index(name), [place(x, max(y, low_y)) for x, y in sorted(curve)]
+        i, places = names.index(name), [place(x, y) for x, y in sorted(curve)]
         if len(places) == 1:
             for x in range(round(x0), round(x1), 10):
                 draw.line((x, places[0][1], x + 5, places[0][1]), fill=LINES[i % len(LINES)])

@@ -107,8 +107,8 @@ def stored_results(out, parts):
 
 def claims_table(found):
     """Lines of Markdown: each claim, the paper's figure, each model's; then those that fail."""
-    models = list(dict.fromkeys((results["model"], results["attention"])
-                                for stored in found.values() for results in stored))
+    models = sorted({(results["model"], results["attention"]) for stored in found.values()
+                     for results in stored}, key=lambda model: (model[1] != "MHA", model[0]))
     claims = {}
     for part, stored in found.items():
         for results in stored:
