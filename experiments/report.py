@@ -54,8 +54,8 @@ def show(cell, unit="%", sign=""):
     if isinstance(cell, list) and unit == "entries":
         return show(cell[0], "")
     if isinstance(cell, list):
-        mean, low, high = (show(x, unit, sign) for x in cell)
-        return f"{mean} [{low}, {high}]"
+        mean, low, high = cell
+        return f"{show(mean, unit, sign)} [{show(low, unit)}, {show(high, unit)}]"
     if unit == "%":
         return f"{100 * cell + 0:{sign}.1f}".replace("-0.0", "0.0")
     return f"{cell:,.1f}" if isinstance(cell, float) else f"{cell:,}"
@@ -71,11 +71,11 @@ def markdown(stored):
 
 
 def verdict(stored):
-    """A stored claim in a few words: "yes: +45.5 [40.2, 50.9] at 48; ..."."""
+    """A stored claim in a few words: "yes (48: +45.5 [40.2, 50.9]; ...)"."""
     sign = "+" if stored["signed"] else ""
-    figures = "; ".join(f"{show(figure, sign=sign)} at {where}"
+    figures = "; ".join(f"{where}: {show(figure, sign=sign)}"
                         for where, figure in stored["figures"].items())
-    return f"{'yes' if stored['holds'] else '**no**'}: {figures}"
+    return f"{'yes' if stored['holds'] else '**no**'} ({figures})"
 
 
 def results_page(results):
