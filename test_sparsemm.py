@@ -1463,6 +1463,22 @@ def test_other_rankings():
     assert cache.kv_head_scores(table, 2).tolist() == [[2.0, 3.0]]
 
 
+def test_a_ranking_by_scores_follows_its_own_table(checkpoints):
+    """Rankings are shared between settings, but not between tables of scores."""
+    from experiments.compress import Prefill, Setting
+    ours, text = checkpoints["qwen"][2], "What is it?"
+    shape = ours.config.layers, ours.config.heads
+    tables = {name: torch.rand(shape, generator=torch.Generator().manual_seed(seed)) ** 4
+              for seed, name in enumerate("ab")}
+    with torch.inference_mode():
+        prefill, fresh = Prefill(ours, PAGE, text), Prefill(ours, PAGE, text)
+    a, b = (Setting(budget=20, window=6, rho=1.0, scores=name, rank="heads by score")
+            for name in "ab")
+    kept = prefill.keep(a, tables)
+    assert torch.equal(prefill.keep(b, tables), fresh.keep(b, tables))
+    assert not torch.equal(prefill.keep(b, tables), kept)
+
+
 @pytest.mark.parametrize("name", ["vicuna", "qwen"])
 def test_masked_heads_contribute_nothing(checkpoints, name):
     """Masking equals o_proj without the head's columns; afterwards nothing is left of it."""

@@ -58,7 +58,7 @@ WRITERS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "shuffled")             #
 TASKS = {"question": ("form", "receipt", "table", "label"),
          "transcript": ("lines", "form", "receipt", "letter")}      # and the kinds of their pages
 LONGEST = 128                   # so many tokens of a transcript are forced, or written
-MASKED = 48                     # and so many where heads are masked, which takes a pass for each set
+MASKED = 48                     # so many where heads are masked, which takes a pass for each set
 READS = 0.9                     # the accuracy of a full cache that counts as reading
 
 
