@@ -646,6 +646,8 @@ def parse_arguments(argv):
     args.scoring_pages = args.scoring_pages or (100 if args.quick else 1000)
     args.sizes = sorted(set(args.sizes), key=lambda size: size[0] * size[1])
     args.model = args.model or [str(path) for path in SMALL_MODELS if path.is_dir()]
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"argument --out: {args.out} is a file; a folder is right")
     if min(map(min, args.sizes)) < 32:
         parser.error("argument --sizes: pages of at least 32 x 32 pixels are right")
     if not args.model and args.part != "readme":
