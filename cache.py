@@ -159,11 +159,12 @@ def observation_scores(q, k, window=32, kernel=5):
         a[g] = mean of A over the w queries and the R = H/G query heads of KV head g, then
                averaged over `kernel` neighbouring positions (zeros beyond both ends count)
 
-    q: (H, T, D), k: (G, T, D), both after RoPE. Returns (G, T - w) float32. O(T*w), not O(T^2).
+    q: (H, T, D), or only its last w rows; k: (G, T, D), both after RoPE. Returns (G, T - w)
+    float32. O(T*w), not O(T^2).
 
     NOTE(official): there the scores are half precision, in which chance decides among many ties.
     """
-    (H, T, D), G = q.shape, k.shape[0]
+    (G, T, D), H = k.shape, q.shape[0]
     w = min(window, T)
     future = torch.ones(w, T, dtype=torch.bool, device=q.device).triu(T - w + 1)
     a = torch.zeros(G, T - w, dtype=torch.float32, device=q.device)

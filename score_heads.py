@@ -120,14 +120,14 @@ def force(prompt, ids):
 
 
 @torch.inference_mode()
-def score_page(model, image, words, ids, match="aligned"):
+def score_page(model, image, words, ids, match="aligned", prompt=OCR_PROMPT):
     """The visual scores of all heads on one page.
 
     image: PIL image; words: [(text, box), ...] in reading order; ids: the transcript's tokens (n,);
-    match: which tokens count. Returns scores (L, H) float64, the number of tokens that counted,
-    and the number of hits.
+    match: which tokens count; prompt: what the transcript is the answer to. Returns scores (L, H)
+    float64, the number of tokens that counted, and the number of hits.
     """
-    prompt, tokenizer = prepare(model, [image], OCR_PROMPT), model.processor.tokenizer
+    prompt, tokenizer = prepare(model, [image], prompt), model.processor.tokenizer
     reader = PeakReader(len(ids) + 1)                    # rows P-1 ... P-1+n; row P-1+i emits y_i
     model.hidden_states(force(prompt, ids), reader)
     peaks = torch.stack(reader.layers).cpu()                                         # (L, H, n + 1)

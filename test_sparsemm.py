@@ -1572,7 +1572,7 @@ def test_right_answers_get_the_highest_score(tiny, monkeypatch, capfd, tmp_path,
         asked.append((prompt, more["max_new_tokens"]))
         return dict(text=max(answers, key=answers.count), kept=[[3, 4], [5, 6]], prompt_tokens=9)
 
-    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny)
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny[TINY[-1]])
     monkeypatch.setattr(evaluate, "generate", knows)
     printed = evaluate_on(capfd, "--task", task, "--data", data, "--methods", "full",
                           "--out", tmp_path / "out")
@@ -1724,7 +1724,7 @@ def test_mmbench_limit_counts_questions_and_a_broken_one_is_left_out(tiny, monke
     assert len(examples) == len([row for row in rows if row["index"] % 1_000_000 < 2]) > 4
     rows[3]["image"] = "none.png"                                    # a rotation of question 0
     data.write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny)
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny[TINY[-1]])
     monkeypatch.setattr(evaluate, "generate",
                         lambda *a, **b: dict(text="A", kept=[[1]], prompt_tokens=1))
     evaluate_on(capfd, "--task", "mmbench", "--data", data, "--methods", "full", "--out", tmp_path)
@@ -1762,3 +1762,265 @@ def test_evaluation_needs_scores_and_a_file(checkpoints, monkeypatch, capfd, tmp
     assert "--scores" in line and "score_heads.py" in line
     assert "--data" in rejected(capfd, "--task", "docvqa", main=evaluate.main)
     assert "--task" in rejected(capfd, "--data", tmp_path / "data.jsonl", main=evaluate.main)
+
+
+# ---- the paper rerun -----------------------------------------------------------------------------
+
+PAGE = picture(64, 50)
+
+
+def real_selections(monkeypatch, ours, held, prompt):
+    """The positions of the prompt that each head of each layer keeps in a prefill run for `held`,
+    L lists of G lists."""
+    selections = []
+    monkeypatch.setattr(
+        cache, "select_entries",
+        lambda scores, k: selections.append(select_entries(scores, k)) or selections[-1])
+    with torch.inference_mode():
+        ours.hidden_states(prompt, held)
+    T, G, w = len(prompt.ids), ours.config.kv_heads, held.window
+    rows = [s.tolist() + list(range(max(0, T - w), T)) for s in selections]
+    return [rows[i:i + G] for i in range(0, len(rows), G)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
+def test_one_prefill_keeps_what_the_method_keeps(checkpoints, monkeypatch, name, method):
+    """Budgets below and above the prompt's length, windows small, large, and beyond it."""
+    from experiments.compress import Prefill, Setting
+    ours = checkpoints[name][2]
+    c, prompt = ours.config, model_llava.prepare(ours, [PAGE], "What is it?")
+    tables = {"aligned": torch.rand(c.layers, c.heads, dtype=torch.float64) ** 4}
+    with torch.inference_mode():
+        prefill = Prefill(ours, PAGE, "What is it?")
+    for budget, window, rho, pour in ((20, 6, 0.1, True), (50, 50, 0.1, True), (64, 8, 0.0, False),
+                                      (500, 32, 0.1, True)):
+        setting = Setting(method, budget, window, rho, pour)
+        plan = make_method(method, c.layers, c.kv_heads, len(prompt.ids), budget, window, rho, pour,
+                           tables["aligned"], seed=3)
+        kept = real_selections(monkeypatch, ours, KVCache(plan, window), prompt)
+        keep = prefill.keep(setting, tables, seed=3)
+        assert [[head.nonzero()[:, 0].tolist() for head in layer] for layer in keep] == kept
+        assert prefill.cache(setting, tables, seed=3).kept == keep.sum(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen", "qwen-tied"])
+def test_forced_answers_equal_decoding_token_by_token(checkpoints, name):
+    """All methods in one batch of masks, against the real cache."""
+    from experiments.compress import Prefill, Setting, forced_accuracy, forced_logits
+    ours = checkpoints[name][2]
+    c, tokens = ours.config, [40, 41, 60, 33, 70, 35]
+    prompt = model_llava.prepare(ours, [PAGE], "What is it?")
+    tables = {"aligned": torch.rand(c.layers, c.heads, dtype=torch.float64) ** 4}
+    settings = [Setting(method, budget, window=6) for budget in (20, 300) for method in METHODS]
+    with torch.inference_mode():
+        prefill = Prefill(ours, PAGE, "What is it?")
+    keep = torch.stack([prefill.keep(s, tables) for s in settings])
+    logits, expected = forced_logits(prefill, keep, tokens), []
+    for s in settings:
+        plan = make_method(s.method, c.layers, c.kv_heads, len(prompt.ids), s.budget, 6,
+                           scores=tables["aligned"])
+        expected.append(decode_logits(ours, prompt, tokens, KVCache(plan, 6, len(tokens))))
+    assert (logits - torch.stack(expected)).abs().max() < 1e-4
+    changed = (logits[:len(METHODS)] - logits[0]).abs().amax((1, 2))       # logits[0]: full
+    assert (changed[1:] > 0.1).all() and changed[0] == 0
+    # the answer that a setting itself would give, but for the first token, is right to the end
+    some = [0, 1, 4, 6, 10]
+    for s in (0, 4):
+        answer = [40, *logits[s, :1].argmax(-1).tolist(), 41]
+        right = [(decode_logits(ours, prompt, answer[:-1],
+                                KVCache(prefill.method(x, tables), 6, reserve=3)).argmax(-1)
+                  == torch.tensor(answer[1:])).double().mean().item()
+                 for x in (settings[i] for i in some)]
+        got = forced_accuracy(prefill, keep, answer, rows=5)
+        assert got[some].tolist() == pytest.approx(right)
+        assert got[s] > 0 and len(set(got.tolist())) > 1
+
+
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_writing_from_one_prefill_equals_generate(checkpoints, name):
+    from experiments.compress import Prefill, Setting, written
+    ours = checkpoints[name][2]
+    scores = torch.rand(ours.config.layers, ours.config.heads, dtype=torch.float64)
+    with torch.inference_mode():
+        prefill = Prefill(ours, PAGE, "What is it?")
+    texts = []
+    for method in METHODS:
+        expected = sparsemm.generate(ours, [PAGE], "What is it?", method, 20, window=6,
+                                     scores=scores, max_new_tokens=9, seed=2)["text"]
+        held = prefill.cache(Setting(method, 20, window=6), {"aligned": scores}, 2, reserve=8)
+        texts.append(written(prefill, held, 9))
+        assert texts[-1] == expected, method
+    assert len(set(texts)) > 2
+
+
+def test_other_rankings():
+    from experiments import compress
+    torch.manual_seed(0)
+    q, k, s = torch.randn(6, 60, 8), torch.randn(3, 60, 8), torch.rand(6)
+    A, usual = compress.attention_rows(q, k, 10), observation_scores(q, k, 10)
+    mean = compress.pool(A.mean(1).unflatten(0, (3, 2)).mean(1))
+    assert torch.allclose(mean, usual, atol=1e-6)
+    # all the weight on one head of a group: its own attention; no scores at all: the mean
+    alone = compress.rank_by_scored_heads(A, k, torch.tensor([0, 1, 1, 1, 0, 0]).float())
+    assert torch.allclose(alone[0], compress.pool(A.mean(1))[1], atol=1e-6)
+    assert torch.allclose(alone[1:], usual[1:], atol=1e-6)
+    # one query head a group: nothing to weigh
+    A, usual = compress.attention_rows(q[:3], k, 10), observation_scores(q[:3], k, 10)
+    for rank in ("heads by score", "best head"):
+        assert torch.allclose(compress.RANKS[rank](A, k, s[:3]), usual, atol=1e-6)
+    assert torch.allclose(compress.rank_by_last_query(A, k, s, share=0.0), usual, atol=1e-6)
+    last = compress.rank_by_last_query(A, k, s, share=1.0)
+    assert torch.allclose(last, observation_scores(q[:3], k, 1)[:, :50], rtol=0.3, atol=0.01)
+    # of keys of which one stands apart, with attention alike, that one is the most diverse
+    same = torch.ones(1, 60, 8) + 0.01 * torch.randn(1, 60, 8)
+    same[0, 17] = -1
+    diverse = compress.rank_by_diversity(torch.full((1, 10, 50), 1 / 60), same, s)
+    assert diverse[0].argmax() == 17
+    # sqrt of a KV head's score, 4 and 9 of two query heads each
+    table = compress.power_of_scores(torch.tensor([[1.0, 3.0, 9.0, 0.0]]), 2, 0.5)
+    assert cache.kv_head_scores(table, 2).tolist() == [[2.0, 3.0]]
+
+
+def test_a_ranking_by_scores_follows_its_own_table(checkpoints):
+    """Rankings are shared between settings, but not between tables of scores."""
+    from experiments.compress import Prefill, Setting
+    ours, text = checkpoints["qwen"][2], "What is it?"
+    shape = ours.config.layers, ours.config.heads
+    tables = {name: torch.rand(shape, generator=torch.Generator().manual_seed(seed)) ** 4
+              for seed, name in enumerate("ab")}
+    with torch.inference_mode():
+        prefill, fresh = Prefill(ours, PAGE, text), Prefill(ours, PAGE, text)
+    a, b = (Setting(budget=20, window=6, rho=1.0, scores=name, rank="heads by score")
+            for name in "ab")
+    kept = prefill.keep(a, tables)
+    assert torch.equal(prefill.keep(b, tables), fresh.keep(b, tables))
+    assert not torch.equal(prefill.keep(b, tables), kept)
+
+
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_masked_heads_contribute_nothing(checkpoints, name):
+    """Masking equals o_proj without the head's columns; afterwards nothing is left of it."""
+    from experiments.compress import masked_accuracy, masked_heads
+    folder, _, ours = checkpoints[name]
+    prompt, D = model_llava.prepare(ours, [PAGE], "Hi"), ours.config.head_dim
+    other = model_llava.load(folder, "cpu", "float32")
+    for l, h in ((0, 1), (1, 0), (1, 3)):
+        other.decoder.layers[l].self_attn.o_proj.weight.data[:, h * D:(h + 1) * D] = 0
+    with torch.inference_mode():
+        before, expected = ours.hidden_states(prompt), other.hidden_states(prompt)
+        with masked_heads(ours, [(0, 1), (1, 0), (1, 3)]):
+            masked = ours.hidden_states(prompt)
+        assert torch.equal(ours.hidden_states(prompt), before)
+        right = ours.logits(before[-1]).argmax().item()
+        shares = masked_accuracy(ours, PAGE, "Hi", [right], [[], [(0, 1), (1, 0), (1, 3)]])
+        still_right = float(ours.logits(masked[-1]).argmax() == right)
+    assert (masked - expected).abs().max() < 1e-4 < (masked - before).abs().max()
+    assert shares == [1.0, still_right]
+
+
+def test_random_masks_leave_the_visual_heads_out():
+    from experiments.compress import head_sets
+    s = torch.rand(8, 8)
+    sets = head_sets(s, seeds=10)
+    assert sorted({count for count, _ in sets}) == [1, 2, 3, 6] and len(sets) == 4 * 11
+    best = [divmod(i, 8) for i in s.flatten().argsort(descending=True).tolist()]
+    for (count, which), chosen in sets.items():
+        assert len(set(chosen)) == count
+        assert chosen == best[:count] if which == "visual" else not set(chosen) & set(best[:6])
+    assert len({tuple(sets[6, seed]) for seed in range(10)}) == 10 and sets == head_sets(s, 10)
+
+
+def test_figures_by_hand():
+    from experiments import report, reproduce
+    assert report.interval([0.5] * 7) == [0.5, 0.5, 0.5]
+    mean, low, high = report.interval([0.0, 1.0] * 50)              # a standard error of 0.05
+    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.02) \
+        and high == pytest.approx(0.598, abs=0.02)
+    # "kitten" / "sitting": 3 edits of 7; a third right is below the half that counts
+    assert reproduce.anls("Kitten", "sitting") == pytest.approx(4 / 7)
+    assert reproduce.anls("abc", "axy") == 0 and reproduce.anls(" A  b", "a b") == 1
+    assert reproduce.characters("12.5", "12.50") == pytest.approx(0.8)
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert reproduce.rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert reproduce.rank_correlation(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    assert reproduce.rank_correlation(a, torch.tensor([0.0, 0.0, 1.0, 1.0])) == pytest.approx(
+        0.8944, abs=1e-4)
+    ten = torch.arange(10)
+    assert reproduce.overlap(ten, ten.flip(0), 0.6) == pytest.approx(2 / 6)
+    # "to" twice on the page, "5" within "55" too; of "be" both characters count
+    assert reproduce.unique_words(list("to be 5"), ["to", "be", "to", "55", "5"]) == \
+        [None, None, None, 1, 1, None, None]
+    assert reproduce.unique_words(["to", " be", "e x"], ["to", "bee", "x"]) == [0, 1, 1]
+    settings = [reproduce.Setting(budget=b) for b in (1, 2)]
+    measured = {s: dict(accuracy=np.array(x)) for s, x in zip(settings, ([0.9, 0.4], [0.7, 0.2]))}
+    assert reproduce.figure(measured, tuple(settings)) == pytest.approx([0.2] * 3)      # paired
+    assert report.show([0.912, 0.88, 0.94]) == "91.2 [88.0, 94.0]" and report.show(-1e-9) == "0.0"
+
+
+REPRODUCE = ["--pages", "1", "--scoring-pages", "8", "--sizes", "128x64"]
+
+
+def reproduced(folder, out, *arguments):
+    """What a part writes, without the time it took."""
+    from experiments import reproduce
+    reproduce.main([arguments[0], "--model", str(folder), "--out", str(out), *REPRODUCE,
+                    *arguments[1:]])
+    return {path.name: json.loads(path.read_text()) | {"seconds": 0}
+            for path in sorted(out.glob("*.json"))}
+
+
+def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, capsys):
+    from experiments import reproduce
+    for name, part in (("qwen", "all"), ("vicuna", "masking")):
+        shutil.copytree(checkpoints[name][0], tmp_path / name)
+        stored = reproduced(tmp_path / name, tmp_path / "out", part)
+    assert set(stored) == {f"{part}-qwen.json" for part in reproduce.PARTS} | {
+        "masking-vicuna.json"}
+    for results in stored.values():
+        assert results["tables"] and results["versions"]["torch"] == torch.__version__
+        assert "--seed 0" in results["command"] and results["machine"]
+        for _, *cells in (row for t in results["tables"] for row in t["rows"]):
+            assert all(cell is None or isinstance(cell, (str, int)) or cell[1] <= cell[2]
+                       for cell in cells)
+    kept = next(t for t in stored["main-qwen.json"]["tables"] if "really kept" in t["title"])
+    assert [row[1][0] for row in kept["rows"]][1:] == [48.0] * (len(METHODS) - 1)
+    assert Image.open(tmp_path / "out" / "main-qwen.png").width > 800
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nprevious\n<!-- /results -->\nafter\n")
+    for _ in range(2):                                                   # again changes nothing
+        reproduce.main(["readme", "--readme", str(readme), "--out", str(tmp_path / "out")])
+        text = readme.read_text()
+        assert text.startswith("before\n<!-- results -->\n|") and "previous" not in text
+        assert text.endswith("<!-- /results -->\nafter\n")
+    assert "vicuna (MHA) | qwen (GQA)" in text and "(out/main-qwen.png)" in text
+    assert all(f"#### {part}, qwen" in text for part in reproduce.PARTS)
+
+
+def test_a_stopped_reproduction_goes_on(checkpoints, monkeypatch, tmp_path, capsys):
+    from experiments import reproduce
+    folder = checkpoints["mistral"][0]
+    whole = reproduced(folder, tmp_path / "whole", "masking")
+    real, calls = reproduce.masked_accuracy, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(reproduce, "masked_accuracy", dies)
+    with pytest.raises(KeyboardInterrupt):
+        reproduced(folder, tmp_path / "cut", "masking")
+    assert not list((tmp_path / "cut").glob("*.json"))
+    assert reproduced(folder, tmp_path / "cut", "masking") == whole
+    assert len(calls) == 3                                # one page of each task, and the failure
+    capsys.readouterr()
+    for arguments, expected in (
+            (["masking", "--seed", "1"], "other settings"), (["masks"], "masks"),
+            (["readme", "--readme", "none"], "none"), (["masking", "--pages", "0"], "--pages"),
+            (["main", "--sizes", "9x9"], "32 x 32")):
+        with pytest.raises(SystemExit) as end:
+            reproduced(folder, tmp_path / "cut", *arguments)
+        err = capsys.readouterr().err.split("\r")[-1]
+        assert end.value.code == 2 and err.strip().count("\n") == 0 and expected in err, err

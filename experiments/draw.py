@@ -1,7 +1,8 @@
-"""Pictures, drawn with Pillow: the heat map of the heads' scores, and what heads look at.
+"""Pictures, drawn with Pillow: the heat map of the heads' scores, what heads look at, and curves.
 
     score_heads.py --heatmap heads.png        heat_map
     sparsemm.py --show-heads look.gif         show_heads
+    experiments/reproduce.py main             line_charts
 """
 
 import math
@@ -137,3 +138,83 @@ def arrange(panels, count, before, now):
         draw.text((x, 42), label, font=font, fill="black")
         image.paste(panel, (x, 60))
     return image
+
+
+# ---- curves --------------------------------------------------------------------------------------
+
+LINES = ((0, 0, 0), (205, 30, 30), (30, 100, 200), (20, 150, 80), (235, 145, 0), (130, 70, 180),
+         (0, 165, 185), (150, 90, 40), (130, 130, 130))                # colours, one for each curve
+MARKS = 4                                                               # circle, square, ...
+
+
+def mark(draw, x, y, i, radius=5):
+    """The mark of curve number i."""
+    fill, r = LINES[i % len(LINES)], radius
+    if i % MARKS == 0:
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif i % MARKS == 1:
+        draw.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=fill)
+    elif i % MARKS == 2:
+        draw.polygon(((x, y - r - 1), (x - r, y + r), (x + r, y + r)), fill=fill)
+    else:
+        draw.polygon(((x, y - r - 1), (x + r + 1, y), (x, y + r + 1), (x - r - 1, y)), fill=fill)
+
+
+def line_charts(panels, path, title, x_label, x_ticks):
+    """A PNG of panels side by side, with a common legend. x is logarithmic, y shown as per cent.
+
+    panels: {title of a panel: {name of a curve: [(x, y in [0, 1]), ...]}}; a curve of one point is
+    drawn as a dashed line across the panel, the mark to reach.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    width, height, top, left = 470, 320, 64, 62
+    image = Image.new("RGB", (left + len(panels) * (width + 60) + 90, top + height + 60), "white")
+    draw, small = ImageDraw.Draw(image), ImageFont.load_default(12)
+    draw.text((left, 10), title, font=ImageFont.load_default(17), fill="black")
+    for i, (panel, curves) in enumerate(panels.items()):
+        box = (left + i * (width + 60), top, left + i * (width + 60) + width, top + height)
+        draw.text((box[0], top - 22), panel, font=ImageFont.load_default(13), fill="black")
+        draw_panel(draw, box, curves, names, x_ticks, small)
+        draw.text(((box[0] + box[2]) / 2, box[3] + 26), x_label, font=small, fill="black",
+                  anchor="mt")
+    x = left + len(panels) * (width + 60) - 36
+    for i, name in enumerate(names):
+        y = top + 10 + 22 * i
+        draw.line((x, y, x + 26, y), fill=LINES[i % len(LINES)], width=2)
+        mark(draw, x + 13, y, i)
+        draw.text((x + 34, y), name, font=small, fill="black", anchor="lm")
+    image.save(path)
+
+
+def draw_panel(draw, box, curves, names, x_ticks, font):
+    """Axes and curves of one panel in a box (x0, y0, x1, y1) of the picture."""
+    x0, y0, x1, y1 = box
+    points = [point for curve in curves.values() for point in curve]
+    low_x, high_x = (math.log(f(x for x, _ in points)) for f in (min, max))
+    low_y = math.floor(10 * min(y for _, y in points)) / 10
+    high_y = max(low_y + 0.1, math.ceil(10 * max(y for _, y in points)) / 10)
+
+    def place(x, y):
+        return (x0 + 12 + (math.log(x) - low_x) / max(high_x - low_x, 1e-9) * (x1 - x0 - 24),
+                y1 - (y - low_y) / (high_y - low_y) * (y1 - y0))
+
+    draw.rectangle(box, outline=(90, 90, 90))
+    for tick in range(round(10 * low_y), round(10 * high_y) + 1):
+        y = place(x_ticks[0], tick / 10)[1]
+        draw.line((x0, y, x1, y), fill=(225, 225, 225))
+        draw.text((x0 - 6, y), str(10 * tick), font=font, fill="black", anchor="rm")
+    for tick in x_ticks:
+        x = place(tick, low_y)[0]
+        if not x0 < x < x1:
+            continue
+        draw.line((x, y0, x, y1), fill=(235, 235, 235))
+        draw.text((x, y1 + 6), str(tick), font=font, fill="black", anchor="mt")
+    for name, curve in reversed(curves.items()):                          # the first one on top
+        i, places = names.index(name), [place(x, y) for x, y in sorted(curve)]
+        if len(places) == 1:
+            for x in range(round(x0), round(x1), 10):
+                draw.line((x, places[0][1], x + 5, places[0][1]), fill=LINES[i % len(LINES)])
+        else:
+            draw.line(places, fill=LINES[i % len(LINES)], width=2)
+        for x, y in places:
+            mark(draw, x, y, i, radius=4)

@@ -97,8 +97,8 @@ STAGES = {
               PLAIN_KINDS),
         Stage("cards", "language", ((256, 128), (192, 192), (320, 96)), 10, 300, 5e-3, 4e-3,
               ALL_KINDS, wear=0.05),
-        Stage("pages", "language", ((256, 256), (256, 192), (384, 192), (256, 384)), 6, 800, 4e-3,
-              1e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.3),
+        Stage("pages", "language", ((256, 256), (256, 128), (256, 192), (384, 192), (256, 384)), 6,
+              900, 2e-3, 1e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.3),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -485,7 +485,7 @@ class Trainer:
             if step == "vision":
                 self.layout.see(self.model, batch)
             else:
-                out = self.model(**batch)
+                out = self.model(**batch, use_cache=False)
         logits = self.cells(self.image_tokens.float()).view(-1, CHARS_PER_CELL, len(VOCABULARY))
         weight = torch.ones(len(VOCABULARY), device=self.device)
         weight[0] = 0.2                                                    # most of a page is blank

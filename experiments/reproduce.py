@@ -1,0 +1,702 @@
+"""Rerun the paper's claims on the small models (or on real checkpoints), in one command.
+
+    python experiments/reproduce.py [PART] [--model DIR ...] [--quick] [--out DIR]
+
+    heads           how many heads look at the image, and how concentrated their scores are
+    main            every method at every budget, by page size; answers written freely
+    ablation        window, uniform and score part; rho; the window's size
+    masking         the visual heads switched off, against random ones
+    robustness      scores from other kinds of pages, from detection, from fewer pages
+    redistribution  what a head cannot hold; which tokens count
+    beyond          changes to the method, chosen on other pages than they are tested on
+    all             all of these (the default)
+    readme          rewrites the results chapter of README.md from what the parts have stored
+
+Accuracy is the share of the right answer's tokens that are predicted from those before them, from
+the second one on: the first always sees the full cache. Pages are drawn from seeds of their own
+(`exercise`), held out from training and from scoring. Every figure has its 95 % interval (bootstrap
+over pages); differences are paired, over the same pages. DIR/pages keeps the results of single
+pages, so that a run that was stopped goes on where it was. The paper: arXiv 2506.05344.
+
+Letters: L layers, H query heads, G KV heads, T prompt tokens.
+"""
+
+import json
+import os
+import platform
+import random
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cache import METHODS
+from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head_sets,
+                                  masked_accuracy, power_of_scores, written)
+from experiments.draw import line_charts
+from experiments.evaluate_tiny import edit_distance, page_size
+from experiments.pages import KINDS, prompt, render_page, tasks
+from experiments.report import (claim, interval, negative, positive, results_page, table,
+                                write_readme)
+from model_llava import DTYPES, load
+from score_heads import MATCHES, Rendered, gini, score_page, top_share, write_json
+from sparsemm import DEFAULT_MODEL, OneLineParser, device_name, whole_number
+
+HERE = Path(__file__).resolve().parent
+SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")
+BUDGETS = (48, 64, 96, 128, 256, 512)                       # of the paper's ablation
+TIGHT = BUDGETS[:3]
+RIVALS = ("shuffled", "random", "snapkv", "pyramidkv", "adakv")
+WRITERS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "shuffled")             # who write freely
+TASKS = {"question": ("form", "receipt", "table", "label"),
+         "transcript": ("lines", "form", "receipt", "letter")}      # and the kinds of their pages
+LONGEST = 128                   # so many tokens of a transcript are forced, or written
+MASKED = 48                     # so many where heads are masked, which takes a pass for each set
+READS = 0.9                     # the accuracy of a full cache that counts as reading
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+def exercise(model, split, seed, task, size, i):
+    """Page i of a task and size: (image, prompt, right answer, its token ids, two at least).
+
+    split: "test" for what is reported, "development" for what is chosen before. No other script
+    draws from these seeds.
+    """
+    kind = TASKS[task][i % len(TASKS[task])]
+    for attempt in range(100):
+        rng = random.Random(f"reproduce {split} {seed} {task} {size} {i} {attempt}")
+        page = render_page(rng, kind, *size)
+        about, answer = ("", page.text) if task == "transcript" else rng.choice(
+            page.questions or [("", "")])
+        ids = model.processor.tokenizer(answer, add_special_tokens=False).input_ids
+        if len(ids) > 1:
+            name = "transcript" if task == "transcript" else "value"
+            return page.image, prompt(None, name, about), answer, ids[:LONGEST]
+    raise ValueError(f"--sizes: pages of {size[0]} x {size[1]} pixels have no room for a {task}")
+
+
+def detection_page(seed, i, size):
+    """A page with shapes: (image, [(name, box), ...], what answers the prompt for shapes)."""
+    for attempt in range(100):
+        page = render_page(random.Random(f"reproduce shapes {seed} {i} {attempt}"), "shapes", *size)
+        if page.objects:
+            answers = {task: answer for task, _, answer in tasks(page)}
+            return page.image, [(o.text, o.box) for o in page.objects], answers["shapes"]
+    raise ValueError(f"--sizes: pages of {size[0]} x {size[1]} pixels have no room for shapes")
+
+
+# ---- how answers and tables of scores are judged -------------------------------------------------
+
+def anls(answer, right):
+    """Normalised Levenshtein similarity, 0 if below a half (DocVQA)."""
+    a, b = (" ".join(text.lower().split()) for text in (answer, right))
+    s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
+    return s if s >= 0.5 else 0.0
+
+
+def characters(answer, right):
+    """Character accuracy, not below 0."""
+    return max(0.0, 1 - edit_distance(answer, right) / len(right))
+
+
+def rank_correlation(a, b):
+    """Spearman's coefficient of two tables; equal values share their mean rank."""
+    ranks = []
+    for x in (a.flatten(), b.flatten()):
+        r = (x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2
+        ranks.append(r - r.mean())
+    return (ranks[0] @ ranks[1] / (ranks[0].norm() * ranks[1].norm()).clamp(min=1e-30)).item()
+
+
+def overlap(a, b, part=0.05):
+    """How much of the top `part` of the heads two tables have in common."""
+    n = max(1, round(part * a.numel()))
+    top = [set(x.flatten().argsort(descending=True, stable=True)[:n].tolist()) for x in (a, b)]
+    return len(top[0] & top[1]) / n
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What the parts share."""
+    model: object
+    name: str
+    out: Path
+    seed: int
+    sizes: list                     # page sizes, the smallest first
+    pages: int                      # of each task and size
+    scoring_pages: int
+    tables: dict = field(default_factory=dict)              # visual scores (L, H) by name
+    weights: int = 0                # a checksum of the weights
+    seconds: float = 0              # that the results took which were asked for so far
+
+    def per_page(self, name, facts, num, work):
+        """[work(0), ..., work(num - 1)], of which those done before come from a file.
+
+        facts: what else the results depend on; a file made under others is refused."""
+        path = self.out / "pages" / f"{self.name}-{name}.json"
+        facts = json.loads(json.dumps(dict(facts, seed=self.seed, weights=self.weights)))
+        done, before = read_pages(path, facts) if path.exists() else ({}, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        missing, start = [i for i in range(num) if str(i) not in done], time.monotonic()
+        saved = start
+
+        def save():
+            write_json(dict(facts=facts, seconds=before + saved - start, pages=done), path)
+
+        try:
+            for i in tqdm(missing, desc=f"{self.name} {name}", unit="page", leave=False):
+                done[str(i)] = work(i)
+                if time.monotonic() > saved + 2:
+                    saved = time.monotonic()
+                    save()
+        finally:
+            if missing:
+                saved = time.monotonic()
+                save()
+        self.seconds += before + saved - start
+        return [done[str(i)] for i in range(num)]
+
+    def facts(self, settings):
+        """What results of settings depend on."""
+        return dict(settings=[asdict(s) for s in settings], tables={
+            name: checksum(self.tables[name]) for name in sorted({s.scores for s in settings})})
+
+    def decode(self, ids):
+        return self.model.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def measure(self, name, task, size, settings, num=None, split="test"):
+        """Each setting on the same pages, answers forced: {setting: {"accuracy": (pages,), "kept":
+        (pages,) entries per head}} and the mean prompt length. Random tables are drawn anew for
+        every page, so that intervals hold the luck of the draw, too."""
+        facts = dict(self.facts(settings), task=task, size=size, split=split, longest=LONGEST)
+
+        def work(i):
+            image, text, _, ids = exercise(self.model, split, self.seed, task, size, i)
+            with torch.inference_mode():
+                prefill = Prefill(self.model, image, text)
+                keep = torch.stack([prefill.keep(s, self.tables, seed=i) for s in settings])
+                accuracy = forced_accuracy(prefill, keep, ids).tolist()
+            kept = keep.double().mean((1, 2, 3)) * prefill.length
+            return dict(tokens=prefill.length, kept=kept.tolist(), accuracy=accuracy)
+
+        label = f"{name}-{task}-{size[0]}x{size[1]}-{split}"
+        done = self.per_page(label, facts, num or self.pages, work)
+        measured = {s: {what: np.array([page[what][j] for page in done])
+                        for what in ("accuracy", "kept")} for j, s in enumerate(settings)}
+        return measured, float(np.mean([page["tokens"] for page in done]))
+
+    def score(self, name, num, work):
+        """Visual scores of single pages (num, L, H), and how many tokens counted in all. work(i) ->
+        what score_page returns."""
+        def compact(i):
+            scores, tokens, hits = work(i)
+            return dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits)
+        c = self.model.config
+        done = self.per_page(f"scores-{name}", dict(size=self.sizes[-1]), num, compact)
+        if not sum(page["hits"] for page in done):
+            raise ValueError(f"no head of {self.name} looked at what it wrote on the {num} pages "
+                             f"for scores ({name})")
+        scores = torch.tensor([page["scores"] for page in done], dtype=torch.float64)
+        return scores.view(num, c.layers, c.heads), sum(page["tokens"] for page in done)
+
+    def ocr_scores(self, num=None, match="aligned"):
+        """Scores of OCR pages of all kinds in turn, given their right transcripts."""
+        pages = Rendered(KINDS, self.seed, self.sizes[-1], num or self.scoring_pages)
+
+        def work(i):
+            image, words, text = pages[i]
+            ids = self.model.processor.tokenizer(text, add_special_tokens=False).input_ids
+            return score_page(self.model, image, words, ids, match)
+        return self.score(match.replace(" ", "-"), len(pages), work)
+
+    def detection_scores(self, num):
+        """Scores of pages with shapes, while they are named."""
+        def work(i):
+            image, objects, text = detection_page(self.seed, i, self.sizes[-1])
+            ids = self.model.processor.tokenizer(text, add_special_tokens=False).input_ids
+            return score_page(self.model, image, objects, ids, prompt=prompt(None, "shapes", ""))
+        return self.score("shapes", num, work)
+
+    def reading_size(self):
+        """The largest page size at which a full cache reads (READS), judged by questions about
+        development pages; if there is none, the one it reads best."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        shares = [self.measure("reading", "question", size, [Setting("full")], num=24,
+                               split="development")[0] for size in self.sizes]
+        shares = [next(iter(share.values()))["accuracy"].mean() for share in shares]
+        for size, share in reversed(list(zip(self.sizes, shares))):
+            if share >= READS:
+                return size
+        return self.sizes[int(np.argmax(shares))]
+
+
+def read_pages(path, facts):
+    """({page number, as text: its results}, seconds they took) from a file that was made with the
+    same facts."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        made_with, pages, seconds = stored["facts"], stored["pages"], stored["seconds"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--out: {path} is not a file of ours") from None
+    if made_with != facts:
+        raise ValueError(f"--out: {path} was made with other settings; another folder is right, or "
+                         "none of that name")
+    return pages, seconds
+
+
+def checksum(tensor):
+    """A number that changes with any element of a tensor."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+
+def mean_scores(scores):
+    """(pages, L, H) -> (L, H), which sums to 1."""
+    s = scores.mean(0)
+    return s / s.sum() if s.sum() > 0 else torch.full_like(s, 1 / s.numel())
+
+
+def figure(measured, entry, what="accuracy"):
+    """A cell: of a setting its mean, of a pair of settings the paired difference, or None."""
+    if isinstance(entry, tuple):
+        return interval(measured[entry[0]][what] - measured[entry[1]][what])
+    return entry and interval(measured[entry][what])
+
+
+def grid(title, columns, rows, measured, what="accuracy", readme=False):
+    """A table of measured settings. rows: {label: for each column an entry as figure takes it}."""
+    return table(title, ["", *columns], [
+        [label, *(figure(measured, entry, what) for entry in row)] for label, row in rows.items()],
+        "%" if what == "accuracy" else "entries", readme)
+
+
+def row(budgets=BUDGETS, **changes):
+    """The settings of one row of a table: one for each budget, None where the window is larger."""
+    settings = [Setting(budget=b, **changes) for b in budgets]
+    return [s if s.budget >= s.window else None for s in settings]
+
+
+def flat(*groups):
+    """All settings of some tables' rows, each once."""
+    return list(dict.fromkeys(s for rows in groups for r in rows.values() for s in r if s))
+
+
+def against(rows, name):
+    """Rows of pairs: the settings of row `name` against those of every other row."""
+    return {other: list(zip(rows[name], r)) for other, r in rows.items() if other != name}
+
+
+def tight(T):
+    """Which budgets are at most a quarter of the prompt; the smallest if none is."""
+    return [i for i, b in enumerate(BUDGETS) if b <= T / 4] or [0]
+
+
+def compared(measured, a, b, places):
+    """{budget: difference} of two rows at some places."""
+    return {BUDGETS[i]: figure(measured, (a[i], b[i])) for i in places}
+
+
+def place(task, size, T):
+    return f"{task}s, {size[0]} x {size[1]} pixels, {T:.0f} prompt tokens"
+
+
+# ---- the parts -----------------------------------------------------------------------------------
+
+def resampled(tables, of, draws=200):
+    """[figure, low, high]: `of` the mean scores of some sets of scored pages, (pages, L, H) each,
+    and its interval over pages drawn again. (Of an agreement the interval leans down: tables of
+    pages drawn again are noisier than their own.)"""
+    rng = np.random.default_rng(0)
+    values = [float(of(*(mean_scores(t[rng.integers(0, len(t), len(t))]) for t in tables)))
+              for _ in range(draws)]
+    return [float(of(*map(mean_scores, tables))), *np.percentile(values, [2.5, 97.5]).tolist()]
+
+
+def heads(run):
+    """How many heads are visual, and how concentrated the scores are."""
+    def visual(s):                              # with at least a tenth of the best head's score
+        return (s >= s.max() / 10).double()
+
+    def half(s):                                # the share of heads that hold half of the scores
+        best = s.flatten().sort(descending=True).values.cumsum(0)
+        return ((best < 0.5).sum() + 1) / s.numel()
+
+    pages, tokens = run.ocr_scores()
+    (num, L, H), top = pages.shape, top_share(pages[0], 0.05)[0]
+    layers = [[f"layer {l}", resampled([pages], lambda s: visual(s)[l].mean()),
+               resampled([pages], lambda s: s[l].sum())] for l in range(L)]
+    everywhere = resampled([pages], lambda s: visual(s).mean())
+    largest = max((layer[:2] for layer in layers), key=lambda layer: layer[1])
+    shares = [[f"top 5 % of the heads ({top} of {L * H}) hold",
+               resampled([pages], lambda s: top_share(s, 0.05)[1]), "55.4"],
+              ["Gini coefficient", resampled([pages], gini), "85.5"],
+              ["share of the heads that hold half of the scores", resampled([pages], half), None]]
+    return dict(
+        facts=dict(pages=num, tokens=tokens, size=run.sizes[-1]),
+        tables=[table(f"Visual scores of {num} pages, %", ["", run.name, "the published scores of "
+                      "LLaVA-NeXT-Vicuna-7B, 1,024 heads"], shares, readme=True),
+                table("Visual heads (at least a tenth of the best head's score) and share of the "
+                      "scores, %", ["", "visual heads", "share of the scores"],
+                      [*layers, ["all", everywhere, "100"]])],
+        claims=[claim("fewer than 5 % of the heads of a layer are visual (have a tenth of the best "
+                      "head's score, or more)", "< 5 %",
+                      {"all layers": everywhere, largest[0]: largest[1]}, lambda f: f[0] < 0.05,
+                      signed=False)])
+
+
+def main_part(run):
+    """Every method at every budget, questions and transcripts, by page size."""
+    rows = {"full": [Setting("full")] * len(BUDGETS), **{m: row(method=m) for m in METHODS[1:]}}
+    tables, claims, curves, size = [], [], {}, run.reading_size()
+    for task in TASKS:
+        for other in run.sizes:
+            measured, T = run.measure("main", task, other, flat(rows))
+            where = place(task, other, T)
+            tables += [
+                grid(f"Accuracy, {where}, %", BUDGETS, rows, measured, readme=other == size),
+                grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
+                     against(rows, "sparsemm"), measured),
+                grid(f"Entries really kept per head, {where}", BUDGETS, rows, measured, "kept")]
+            if other == size:
+                claims += main_claims(task, measured, T, rows)
+                curves[where] = {m: [(measured[s]["kept"].mean(), measured[s]["accuracy"].mean())
+                                     for s in dict.fromkeys(r)] for m, r in rows.items()}
+    picture = f"main-{run.name}.png"
+    line_charts(curves, run.out / picture, f"{run.name}: accuracy (%) against kept entries",
+                "entries kept per head", BUDGETS[:-1])
+    return dict(facts=dict(pages=run.pages, size=size), tables=tables + free_running(run, size),
+                claims=claims, picture=picture)
+
+
+def main_claims(task, measured, T, rows):
+    """What the paper says of methods and budgets, on one task at the reading size."""
+    paper = {"snapkv": "+4 DocVQA, +6 OCRBench, at 256", "pyramidkv": "+3, +4", "adakv": "+3, +4"}
+    claims = [claim(f"sparsemm above {rival} up to a quarter of the prompt, {task}s",
+                    paper.get(rival, "above"),
+                    compared(measured, rows["sparsemm"], rows[rival], tight(T)), positive)
+              for rival in RIVALS]
+    if wide := [i for i, b in enumerate(BUDGETS) if b >= T / 2]:
+        claims.append(claim(
+            f"sparsemm loses no more than a point from half the prompt on, {task}s",
+            "0 on DocVQA and OCRBench, at 256",
+            compared(measured, rows["sparsemm"], rows["full"], wide), lambda f: f[0] >= -0.01))
+    claims.append(claim(f"random scores are as good as snapkv, {task}s", "about equal",
+                        compared(measured, rows["random"], rows["snapkv"], tight(T)),
+                        lambda f: f[1] <= 0 <= f[2]))
+    return claims
+
+
+def free_running(run, size):
+    """Tables of answers that are written freely, with the real cache, on some of the pages."""
+    budgets = BUDGETS[1:4]
+    rows = {"full": [Setting("full")] * len(budgets),
+            **{m: row(budgets, method=m) for m in WRITERS}}
+    settings, tables = flat(rows), []
+    for task, num, measures in (
+            ("question", max(1, run.pages // 2), dict(exact=lambda a, b: float(a == b), ANLS=anls)),
+            ("transcript", max(1, run.pages // 8), dict(characters=characters))):
+        def work(i):
+            image, text, _, ids = exercise(run.model, "test", run.seed, task, size, i)
+            right, limit = run.decode(ids), min(LONGEST, len(ids) + 8)
+            with torch.inference_mode():
+                prefill = Prefill(run.model, image, text)
+                texts = [written(prefill, prefill.cache(s, run.tables, i, limit), limit)
+                         for s in settings]
+            return {name: [of(text, right) for text in texts] for name, of in measures.items()}
+
+        pages = run.per_page(f"free-{task}-{size[0]}x{size[1]}",
+                             dict(run.facts(settings), size=size, longest=LONGEST), num, work)
+        for name in measures:
+            measured = {s: dict(accuracy=np.array([page[name][j] for page in pages]))
+                        for j, s in enumerate(settings)}
+            where = f"{name}, {task}s written freely, {size[0]} x {size[1]} pixels, {num} pages"
+            tables += [grid(f"{where}, %", budgets, rows, measured, readme=True),
+                       grid(f"sparsemm minus each other method, {where}, points", budgets,
+                            against(rows, "sparsemm"), measured)]
+    return tables
+
+
+def ablation(run):
+    """The three parts of the budget, the uniform share rho, and the window."""
+    size, tables, claims = run.reading_size(), [], []
+    parts = {"window": row(method="window"), "window + uniform": row(rho=1.0),
+             "window + uniform + score": row()}
+    shares = {rho: row(rho=rho) for rho in (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)}
+    windows = {f"window {w}": row(window=w) for w in (8, 16, 32, 64)}
+    for task in TASKS:
+        measured, T = run.measure("ablation", task, size, flat(parts, shares, windows))
+        where, low = place(task, size, T), tight(T)
+        tables += [grid(f"Parts of the budget, {where}, %", BUDGETS, parts, measured, readme=True),
+                   grid(f"Uniform share, {where}, %", BUDGETS,
+                        {f"rho = {rho:g}": r for rho, r in shares.items()}, measured),
+                   grid(f"Window, {where}, %", BUDGETS, windows, measured)]
+        (_, window), (_, uniform), (_, score) = parts.items()
+        claims += [
+            claim(f"uniform entries help, up to a quarter of the prompt, {task}s",
+                  "+6.7 at 48, +2.0 at 128 (MMBench)", compared(measured, uniform, window, low),
+                  positive),
+            claim(f"entries by score help further, {task}s", "+4.0 at 48, +2.2 at 128 (MMBench)",
+                  compared(measured, score, uniform, low), positive),
+            claim(f"without a uniform share accuracy collapses, {task}s",
+                  "0.519 to 0.145 (Mistral)", compared(measured, shares[0.0], shares[0.1], low),
+                  negative)]
+    return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=claims)
+
+
+def masking(run, seeds=10):
+    """The visual heads switched off, against random sets of other heads."""
+    size, num, s = run.reading_size(), max(1, run.pages // 2), run.tables["aligned"]
+    sets = {"none": [], **head_sets(s, seeds)}
+    counts, tables, claims = sorted({key[0] for key in sets if key != "none"}), [], []
+    for task in TASKS:
+        def work(i):
+            image, text, _, ids = exercise(run.model, "test", run.seed, task, size, i)
+            return masked_accuracy(run.model, image, text, ids[:MASKED], sets.values())
+
+        facts = dict(sets=list(sets.values()), size=size, longest=MASKED)
+        done = np.array(run.per_page(f"masking-{task}-{size[0]}x{size[1]}", facts, num, work))
+        measured = dict(zip(sets, done.T))
+        none, rows = measured["none"], []
+        for count in counts:
+            visual = measured[count, "visual"]
+            control = np.mean([measured[count, seed] for seed in range(seeds)], axis=0)
+            rows.append([f"{count} of {s.numel()}", interval(visual), interval(control),
+                         interval(visual - none), interval(control - none),
+                         interval(visual - control)])
+        tables.append(table(
+            f"Accuracy with masked heads, {task}s, {size[0]} x {size[1]} pixels, {num} pages, %",
+            ["masked", "visual heads", f"random heads, mean of {seeds} sets", "visual minus none",
+             "random minus none", "visual minus random"],
+            [["none", interval(none), interval(none), None, None, None], *rows], readme=True))
+        near = min(range(len(counts)), key=lambda i: abs(counts[i] / s.numel() - 0.05))
+        label, *_, drop, control, _ = rows[near]
+        claims += [claim(f"masking the top 5 % of the heads hurts, {task}s",
+                         "-20 OCRBench, -15 TextVQA", {label: drop}, negative),
+                   claim(f"masking as many random heads costs less than 3 points, {task}s", "< 3",
+                         {label: control}, lambda f: f[0] > -0.03),
+                   claim(f"masking the top 10 % costs more than as many random heads, {task}s",
+                         "not measured", {rows[-1][0]: rows[-1][-1]}, negative)]
+    return dict(facts=dict(pages=num, size=size, sets=[[str(key), of] for key, of in sets.items()]),
+                tables=tables, claims=claims)
+
+
+def robustness(run):
+    """Scores from other kinds of pages, from detection, and from fewer pages."""
+    pages, _ = run.ocr_scores()
+    num, size = len(pages) // len(KINDS), run.reading_size()
+    if not num:
+        raise ValueError(f"--scoring-pages: {len(pages)} are too few; {len(KINDS)} is right")
+    kinds = {f"OCR, {kind}": pages[KINDS.index(kind)::len(KINDS)][:num]
+             for kind in ("lines", "receipt", "letter")}
+    ocr = list(kinds)
+    kinds["detection"], _ = run.detection_scores(num)
+    counts = {f"{count} pages": pages[:count] for count in (10, 50, 200) if count < len(pages)}
+    sources = {"OCR, all": pages, **kinds, **counts}
+    run.tables.update({name: mean_scores(scores) for name, scores in sources.items()})
+    pairs = [(ocr[0], ocr[1]), (ocr[0], ocr[2]), (ocr[1], ocr[2]),
+             *((name, "detection") for name in ocr), *((count, "OCR, all") for count in counts)]
+    agreement = [[f"{a} / {b}", *(resampled([sources[a], sources[b]], of)
+                                  for of in (rank_correlation, overlap))] for a, b in pairs]
+    among, r = min(agreement[:3], key=lambda line: line[1][0]), rank_correlation
+    apart = resampled(list(kinds.values()), lambda a, b, c, d: (
+        r(a, b) + r(a, c) + r(b, c) - r(a, d) - r(b, d) - r(c, d)) / 3)
+    tables = [table(f"Agreement of scores, {num} pages of each kind, {len(pages)} of all, %",
+                    ["", "rank correlation", "common heads of the top 5 %"], agreement,
+                    readme=True)]
+    claims = [claim("scores from different kinds of OCR agree", "highly consistent",
+                    {among[0]: among[1]}, lambda f: f[1] > 0.8, signed=False),
+              claim("they agree better than with scores from detection", "better",
+                    {"mean rank correlation": apart}, positive)]
+    rows = {name: row(TIGHT, scores=name) for name in sources}
+    for task in TASKS:
+        measured, T = run.measure("robustness", task, size, flat(rows))
+        tables.append(grid(f"sparsemm by where its scores come from, {place(task, size, T)}, %",
+                           TIGHT, rows, measured))
+        places = [i for i in tight(T) if i < len(TIGHT)]
+        claims.append(claim(f"scores from OCR serve better than from detection, {task}s", "better",
+                            compared(measured, rows[ocr[0]], rows["detection"], places), positive))
+    return dict(facts=dict(pages=run.pages, scoring_pages=len(pages), size=size), tables=tables,
+                claims=claims)
+
+
+def unique_words(pieces, words):
+    """The authors' rule on whole words, for any tokenizer: a token counts if the word that it is
+    part of, between white space, is contained in exactly one box. (Single pieces must keep their
+    spaces; those of Llama's tokenizer do not.)"""
+    found, start, text = [], 0, "".join(pieces)
+    for piece in pieces:
+        first = start + len(piece) - len(piece.lstrip())                # of what is not white space
+        start += len(piece)
+        before, after = text[:first].split(" "), text[first:].split()
+        word = before[-1].split("\n")[-1] + after[0] if piece.strip() else ""
+        boxes = [j for j, box in enumerate(words) if word and word in box]
+        found.append(boxes[0] if len(boxes) == 1 else None)
+    return found
+
+
+MATCHES["unique words"] = unique_words
+
+
+def redistribution(run):
+    """What a head cannot hold: lost, or poured out again. And the rule for which tokens count."""
+    size, num, rules, rows = run.reading_size(), max(1, run.scoring_pages // 5), {}, []
+    aligned, _ = run.ocr_scores(num)
+    for match in ("aligned", "unique", "unique words"):
+        try:
+            scores, tokens = run.ocr_scores(num, match)
+        except ValueError:                                  # of characters, hardly any are unique
+            rows.append([match, "0", None, None])
+            continue
+        name = f"{match}, {num} pages"
+        run.tables[name], rules[name] = mean_scores(scores), row(TIGHT, scores=name)
+        rows.append([match, f"{tokens:,}", resampled([scores, aligned], rank_correlation),
+                     resampled([scores, aligned], overlap)])
+    tables = [table(f"Which tokens count, {num} pages, %", ["rule", "tokens", "rank correlation "
+                    "with aligned", "common heads of the top 5 %"], rows)]
+    pours = {"poured out again": row(), "lost (literal)": row(redistribute=False)}
+    for task in TASKS:
+        measured, T = run.measure("redistribution", task, size, flat(pours, rules))
+        where = place(task, size, T)
+        tables += [grid(f"What a head cannot hold, {where}, %", BUDGETS, pours, measured,
+                        readme=True),
+                   grid(f"Poured out minus lost, {where}, points", BUDGETS,
+                        {"": list(zip(*pours.values()))}, measured),
+                   grid(f"Entries really kept per head, {where}", BUDGETS, pours, measured, "kept",
+                        readme=True),
+                   grid(f"sparsemm by the rule for which tokens count, {where}, %", TIGHT, rules,
+                        measured)]
+    return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=[])
+
+
+def beyond(run):
+    """Changes to the method, compared on development pages; the same again on test pages."""
+    size, G, base = run.reading_size(), run.model.config.kv_heads, row()
+    rows = {f"ranked by {rank}": row(rank=rank) for rank in RANKS}
+    for exponent in (0.5, 0.75, 2):
+        name = f"scores to the power {exponent:g}"
+        run.tables[name] = power_of_scores(run.tables["aligned"], G, exponent)
+        rows[name] = row(scores=name)
+    rows |= {"rho 0.3": row(rho=0.3), "window 16": row(window=16), "window 8": row(window=8),
+             "power 0.5, window 16": row(scores="scores to the power 0.5", window=16)}
+    rivals = {"sparsemm": base, "snapkv": row(method="snapkv"), "adakv": row(method="adakv")}
+    pairs, tables = {name: list(zip(r, base)) for name, r in rows.items()}, []
+    changes = {name: dict(development=[], test=[]) for name in rows}
+    for split in ("development", "test"):
+        for task in TASKS:
+            measured, T = run.measure("beyond", task, size, flat(rivals, rows), split=split)
+            where = f"{split} pages, {place(task, size, T)}"
+            tables += [grid(f"Change of sparsemm's accuracy, {where}, points", BUDGETS, pairs,
+                            measured),
+                       grid(f"Accuracy, {where}, %", BUDGETS, {**rivals, **rows}, measured)]
+            for name in rows:
+                changes[name][split] += [figure(measured, pair) for pair in pairs[name]]
+    counts = []
+    for name, of in changes.items():
+        better, worse = ({split: sum(map(test, of[split])) for split in of}
+                         for test in (positive, negative))
+        chosen = better["development"] > 0 and worse["development"] == 0
+        counts.append([name, better["test"], worse["test"], "yes" if chosen else "no"])
+    tables.insert(0, table(
+        f"At how many of {len(BUDGETS) * len(TASKS)} budgets and tasks a change of the method "
+        f"shows on test pages, {size[0]} x {size[1]} pixels",
+        ["", "better by more than the interval", "worse by more than the interval",
+         "better and never worse on development pages"], counts, "", readme=True))
+    return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=[])
+
+
+PARTS = dict(heads=heads, main=main_part, ablation=ablation, masking=masking,
+             robustness=robustness, redistribution=redistribution, beyond=beyond)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    parser = OneLineParser(prog="reproduce.py",
+                           description="Rerun the paper's claims; write JSON files and tables.")
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all", "readme"), default="all")
+    parser.add_argument("--model", nargs="+", metavar="DIR",
+                        help="checkpoints' folders or hub ids (default: the ones in tiny/)")
+    parser.add_argument("--quick", action="store_true",
+                        help="40 pages, and 100 for the scores, instead of 200 and 1,000")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="default: experiments/results, or experiments/work/quick if --quick")
+    parser.add_argument("--pages", type=whole_number(1), metavar="N", help="of each task and size")
+    parser.add_argument("--scoring-pages", type=whole_number(1), metavar="N",
+                        help="for the visual scores")
+    parser.add_argument("--sizes", nargs="+", type=page_size, metavar="WxH",
+                        default=[(256, 128), (256, 256), (256, 384)], help="of pages, in pixels")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE",
+                        help="what the part readme rewrites")
+    parser.add_argument("--device", type=device_name, default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    args = parser.parse_args(argv)
+    args.out = args.out or HERE / ("work/quick" if args.quick else "results")
+    args.pages = args.pages or (40 if args.quick else 200)
+    args.scoring_pages = args.scoring_pages or (100 if args.quick else 1000)
+    args.sizes = sorted(set(args.sizes), key=lambda size: size[0] * size[1])
+    args.model = args.model or [str(path) for path in SMALL_MODELS if path.is_dir()]
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"argument --out: {args.out} is a file; a folder is right")
+    if min(map(min, args.sizes)) < 32:
+        parser.error("argument --sizes: pages of at least 32 x 32 pixels are right")
+    if not args.model and args.part != "readme":
+        parser.error(f"argument --model: none in {DEFAULT_MODEL.parent}; a checkpoint's folder is "
+                     "right")
+    return parser, args
+
+
+def describe(args, run, part):
+    """What a result depends on."""
+    c, device = run.model.config, run.model.decoder.embed_tokens.weight.device
+    return dict(
+        part=part, model=run.name, attention="MHA" if c.heads == c.kv_heads else "GQA",
+        layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, seed=args.seed,
+        command=f"python experiments/reproduce.py {part} --pages {args.pages} --scoring-pages "
+                f"{args.scoring_pages} --sizes {' '.join(f'{w}x{h}' for w, h in args.sizes)} "
+                f"--seed {args.seed}",
+        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else
+        f"{platform.machine()}, {os.cpu_count()} cores",
+        versions=dict(python=platform.python_version(), torch=torch.__version__,
+                      transformers=transformers.__version__))
+
+
+def run_parts(args, name):
+    """Runs the parts for one model, and writes their JSON, Markdown and pictures."""
+    model = load(name, args.device, args.dtype)
+    run = Run(model, Path(name).resolve().name if Path(name).is_dir() else name.split("/")[-1],
+              args.out, args.seed, args.sizes, args.pages, args.scoring_pages,
+              weights=checksum(torch.cat([p.flatten()[:100].float() for p in model.parameters()])))
+    run.tables["aligned"] = mean_scores(run.ocr_scores()[0])
+    for part in PARTS if args.part == "all" else [args.part]:
+        run.seconds = 0
+        found = PARTS[part](run)
+        results = dict(describe(args, run, part), seconds=run.seconds, **found)
+        write_json(results, args.out / f"{part}-{run.name}.json")
+        (args.out / f"{part}-{run.name}.md").write_text(results_page(results), encoding="utf-8")
+        print(results_page(results))
+
+
+def main(argv=None):
+    parser, args = parse_arguments(argv)
+    try:
+        if args.part == "readme":
+            return write_readme(args.readme, args.out, PARTS)
+        for name in args.model:
+            run_parts(args, name)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+
+
+if __name__ == "__main__":
+    main()
