@@ -39,9 +39,12 @@ def edit_distance(a, b):
 
 
 def page_size(text):
-    """"256x384" -> (256, 384)."""
-    width, height = map(int, text.split("x"))
-    return width, height
+    """An argparse type: "256x384" -> (256, 384)."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) >= 32 and int(height) >= 32):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height in pixels, of at "
+                                         "least 32, as 256x384 is")
+    return int(width), int(height)
 
 
 def evaluate(model, kind, size, num, seed, transcripts=True):

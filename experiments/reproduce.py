@@ -42,6 +42,7 @@ from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head
                                   masked_accuracy, power_of_scores, written)
 from experiments.draw import line_charts
 from experiments.evaluate_tiny import edit_distance, page_size
+from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
 from experiments.report import (claim, interval, negative, positive, results_page, table,
                                 write_readme)
@@ -94,13 +95,6 @@ def detection_page(seed, i, size):
 
 
 # ---- how answers and tables of scores are judged -------------------------------------------------
-
-def anls(answer, right):
-    """Normalised Levenshtein similarity, 0 if below a half (DocVQA)."""
-    a, b = (" ".join(text.lower().split()) for text in (answer, right))
-    s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
-    return s if s >= 0.5 else 0.0
-
 
 def characters(answer, right):
     """Character accuracy, not below 0."""
@@ -403,7 +397,8 @@ def free_running(run, size):
             **{m: row(budgets, method=m) for m in WRITERS}}
     settings, tables = flat(rows), []
     for task, num, measures in (
-            ("question", max(1, run.pages // 2), dict(exact=lambda a, b: float(a == b), ANLS=anls)),
+            ("question", max(1, run.pages // 2), dict(exact=lambda a, b: float(a == b),
+                                                      ANLS=lambda a, b: anls(a, [b]))),
             ("transcript", max(1, run.pages // 8), dict(characters=characters))):
         def work(i):
             image, text, _, ids = exercise(run.model, "test", run.seed, task, size, i)
@@ -648,8 +643,6 @@ def parse_arguments(argv):
     args.model = args.model or [str(path) for path in SMALL_MODELS if path.is_dir()]
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"argument --out: {args.out} is a file; a folder is right")
-    if min(map(min, args.sizes)) < 32:
-        parser.error("argument --sizes: pages of at least 32 x 32 pixels are right")
     if not args.model and args.part != "readme":
         parser.error(f"argument --model: none in {DEFAULT_MODEL.parent}; a checkpoint's folder is "
                      "right")
