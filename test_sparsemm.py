@@ -2016,7 +2016,7 @@ def test_a_stopped_reproduction_goes_on(checkpoints, monkeypatch, tmp_path, caps
     for arguments, expected in (
             (["masking", "--seed", "1"], "other settings"), (["masks"], "masks"),
             (["readme", "--readme", "none"], "none"), (["masking", "--pages", "0"], "--pages"),
-            (["main", "--sizes", "9x9"], "32 x 32")):
+            (["main", "--sizes", "9x9"], "at least 32")):
         with pytest.raises(SystemExit) as end:
             reproduced(folder, tmp_path / "cut", *arguments)
         err = capsys.readouterr().err.split("\r")[-1]
