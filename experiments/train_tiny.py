@@ -56,6 +56,7 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = {token: i for i, token in enumerate(SPECIAL + ["<|unknown|>"] + list(CHARACTERS))}
 END, IM_START, IM_END, VISION_START, VISION_END, IMAGE, VIDEO = range(len(SPECIAL))
 IGNORE = -100                     # label of positions that carry no loss
+ROUND = 64                        # rows are padded to a multiple: CPU kernels are compiled by shape
 
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
@@ -81,8 +82,8 @@ class Stage:
 
 SMALL_KINDS = ("lines", "lines", "form")
 PLAIN_KINDS = ("lines", "form", "form", "receipt", "receipt")
-ALL_KINDS = ("lines", "form", "form", "form", "receipt", "receipt", "receipt", "table", "table",
-             "label", "letter", "sign", "shapes")
+ALL_KINDS = (*["form"] * 5, *["receipt"] * 5, *["label"] * 2, *["table"] * 2, "lines", "letter",
+             "sign", "shapes")
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -97,8 +98,10 @@ STAGES = {
               PLAIN_KINDS),
         Stage("cards", "language", ((256, 128), (192, 192), (320, 96)), 10, 300, 5e-3, 4e-3,
               ALL_KINDS, wear=0.05),
-        Stage("pages", "language", ((256, 256), (256, 128), (256, 192), (384, 192), (256, 384)), 6,
-              900, 2e-3, 1e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.3),
+        Stage("pages", "language", ((256, 256), (256, 256), (256, 128), (256, 192)), 6, 1050, 2e-3,
+              2e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.15),
+        Stage("answers", "language", ((256, 128), (256, 128), (256, 256)), 8, 320, 1e-3, 5e-5,
+              (*["form"] * 5, *["receipt"] * 2, "label", "table"), rewording=0.1, transcripts=0.1),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -335,7 +338,11 @@ def cell_characters(page):
 def conversation(layout, stage, rng, page, most=6):
     """Token ids and labels of one page: its transcript, or several questions with their answers."""
     transcript, *questions = tasks(page)
-    chosen = rng.sample(questions, min(most, len(questions)))
+    values = [question for question in questions if question[0] == "value"]
+    others = [question for question in questions if question[0] != "value"]
+    chosen = rng.sample(values, min(most - 1, len(values)))
+    chosen += rng.sample(others, min(1 if values else most // 2, len(others)))
+    rng.shuffle(chosen)
     if not chosen or rng.random() < stage.transcripts:
         chosen = [transcript]
     ids, labels = [], []
@@ -355,7 +362,7 @@ def make_batch(layout, stage, rng, fonts=(None,)):
     pages = [render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                          wear=stage.wear, fonts=fonts) for _ in range(stage.batch)]
     rows = [conversation(layout, stage, rng, page) for page in pages]
-    longest = max(len(ids) for ids, _ in rows)
+    longest = -(-max(len(ids) for ids, _ in rows) // ROUND) * ROUND
     ids = torch.tensor([ids + [END] * (longest - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in rows])
     cells = [layout.cell_labels(cell_characters(page)) for page in pages]
