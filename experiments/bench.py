@@ -49,7 +49,8 @@ from experiments.pages import render_page
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
 from score_heads import (OCR_PROMPT, align_tokens, score_page, tokens_in_box, top_share, transcribe,
                          write_json)
-from sparsemm import DEFAULT_MODEL, DecodingStep
+from sparsemm import DEFAULT_MODEL, DecodingStep, clock
+
 
 # ---- decoding ------------------------------------------------------------------------------------
 
@@ -130,23 +131,17 @@ class TransformersStep:
         return self.token.item()
 
 
-def now(device):
-    """Seconds, once the device has done all that was asked of it."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def bandwidth(device, size=2 ** 30):
-    """Bytes a second at which this device reads memory: the best of ten sums over a large tensor
-    and of ten products of a large matrix with a vector."""
+def bandwidth(model, size=2 ** 30):
+    """Bytes a second at which the model's device reads memory: the best of ten sums over a large
+    tensor and of ten products of a large matrix with a vector."""
+    device = model.decoder.embed_tokens.weight.device
     x = torch.ones(size // 4, device=device)
     matrix, vector, best = x.view(-1, 4096), torch.ones(4096, device=device), math.inf
     for work in (x.sum, lambda: matrix @ vector):
         for _ in range(11):
-            start = now(device)
+            start = clock(model)
             work()
-            best = min(best, now(device) - start)
+            best = min(best, clock(model) - start)
     return size / best
 
 
@@ -188,10 +183,10 @@ def bench_decode(name, length, args):
         taken = [[] for _ in steps]
         for _ in tqdm(range(rounds + warm_up), desc=f"{name}, {length} tokens"):
             for step, milliseconds in zip(steps, taken):
-                start = now(args.device)
+                start = clock(model)
                 step.next_token()
-                milliseconds.append(1000 * (now(args.device) - start))
-    speed = bandwidth(args.device)
+                milliseconds.append(1000 * (clock(model) - start))
+    speed = bandwidth(model)
     medians = [statistics.median(milliseconds[warm_up:]) for milliseconds in taken]
     for row, ms in zip(rows, medians):
         read = weight_bytes + row["cache_bytes"]
@@ -217,10 +212,10 @@ def bench_prefill(model, length, scores, args):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             plan = make_method(method, c.layers, c.kv_heads, length, 256, scores=scores)
-            start = now(args.device)
+            start = clock(model)
             with torch.inference_mode():
                 model.logits(model.hidden_states(prompt, KVCache(plan, reserve=1))[-1])
-            seconds.append(now(args.device) - start)
+            seconds.append(clock(model) - start)
         results[method] = dict(seconds=statistics.median(seconds), peak_bytes=(
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None))
     return results

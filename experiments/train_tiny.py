@@ -12,16 +12,15 @@ model_llava.py, is then tested against them):
                 its weight
 
 STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
-tell characters apart does not learn to find them either, so vision comes first, until it reads nine
-cells in ten.
+tell characters apart does not learn to find them either, so vision comes first.
 
 One token per character, so that nothing can be guessed from a vocabulary. Every batch is drawn from
 a random generator seeded by (seed, layout, stage, step): a run that was killed and resumed sees the
 same pages as one that was not. The state is saved to --work at most every 45 seconds, and a run
 continues from it.
 
-Weight matrices are trained with Muon, the rest with AdamW. In a comparison of 300 steps of the
-first stage, Muon at 5e-3 named 24 % of the cells, AdamW at 2e-3 6 %.
+Weight matrices are trained with Muon, the rest with AdamW. In one run each of the first stage, cut
+to 400 steps, Muon at 5e-3 named 37 % of the cells at the end, AdamW at 2e-3 9 %.
 """
 
 import argparse
