@@ -143,7 +143,7 @@ def adakv_budgets(observation, budget, window, uniform=0.2):
     by the share of their mass that its best n hold. Returns (G,) int64 with sum G*budget.
     """
     G, positions = observation.shape
-    n = budget - window
+    n = min(budget - window, positions)
     held = observation.topk(n, dim=1).values.sum(1) / observation.sum(1).clamp(min=1e-30)
     ranked = (observation * held[:, None]).flatten().argsort(descending=True, stable=True)
     count = torch.bincount(ranked[:G * n] // positions, minlength=G).double().cpu()
@@ -188,6 +188,22 @@ def recency_scores(q, k, window=32, first=0):
     return scores.expand(G, -1)
 
 
+def fastv_survivors(q, k, image, keep):
+    """FastV (Chen et al. 2024, arXiv 2403.06764): of the image tokens only the share `keep` goes on
+    to the next layer, those at which the last query looks most, on average over the heads.
+
+    q: (H, T, D), k: (G, T, D), after RoPE; image: (T,) bool. Returns positions (T',), ascending."""
+    last = q[:, -1].unflatten(0, (len(k), -1)).float() / math.sqrt(q.shape[-1])     # (G, H/G, D)
+    looked_at = (last @ k.float().transpose(1, 2)).softmax(-1).mean((0, 1))                # (T,)
+    looked_at[~image] = math.inf
+    return select_entries(looked_at, fastv_length(image, keep))
+
+
+def fastv_length(image, keep):
+    """T' of fastv_survivors."""
+    return int((~image).sum()) + round(keep * int(image.sum()))
+
+
 def select_entries(scores, n):
     """The positions one head keeps of the first T - w: the n best by scores (T - w,), ascending,
     int64. Of equal scores the lower position wins."""
@@ -207,24 +223,25 @@ def make_method(name, L, G, length, budget=256, window=32, rho=0.1, redistribute
                 seed=0):
     """The Method `name` for one prompt of `length` tokens.
 
-    scores: visual scores of the query heads (L, H); only sparsemm and shuffled need them. All
-    methods spend the same total, and a prompt that fits the budget is kept whole by every one.
-    Raises ValueError for bad arguments.
+    length: an int, or one per layer (L,); scores: visual scores of the query heads (L, H); only
+    sparsemm and shuffled need them. All methods spend the same total, and a prompt that fits the
+    budget is kept whole by every one. Raises ValueError for bad arguments.
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
     check_settings(budget, window, rho)
     if name in NEEDS_SCORES and scores is None:
         raise ValueError(f"method {name} needs visual head scores")
-    if name == "full" or length <= max(budget, window):
-        return Method(lambda layer, a: torch.full((G,), length), recency_scores)
+    T = torch.as_tensor(length).expand(L)
+    if name == "full" or T.max() <= max(budget, window):
+        return Method(lambda layer, a: T[layer].expand(G), recency_scores)
     if name == "adakv":
         return Method(lambda layer, a: adakv_budgets(a, budget, window), observation_scores)
     if name in ("sparsemm", "shuffled", "random"):
         weights = head_weights(name, L, G, scores, seed)
         table = allocate_budgets(weights, budget, length, window, rho, redistribute)
     elif name == "pyramidkv":
-        table = pyramid_budgets(L, budget, length, window)[:, None].expand(L, G)
+        table = pyramid_budgets(L, budget, T.max().item(), window)[:, None].expand(L, G)
     else:                                                               # snapkv, window, streaming
         table = torch.full((L, G), budget)
     by_position = {"window": recency_scores, "streaming": partial(recency_scores, first=4)}
@@ -383,7 +400,6 @@ class KVCache:
         self.method, self.window, self.reserve, self.by_head = method, window, reserve, by_head
         self.column = None                    # see fix_shapes
         self.layers = []
-        self.kept = []                        # L lists of G ints: the entries held after prefill
 
     def __getitem__(self, layer):
         return self.layers[layer].heads()
@@ -400,7 +416,6 @@ class KVCache:
         budgets = self.method.budgets(layer, scores).tolist()
         selected = [select_entries(s, n - w) for s, n in zip(scores, budgets)]
         self.layers.append(LayerCache(k, v, selected, w, self.reserve))
-        self.kept.append([len(positions) + w for positions in selected])
 
     def append(self, layer, k, v):
         """Adds the entry of one new token to every head of a layer. k, v: (G, 1, D)."""
@@ -409,6 +424,18 @@ class KVCache:
     def attend(self, layer, q):
         """Attention of one new token over what a layer holds. q: (H, 1, D). Returns (H, 1, D)."""
         return self.layers[layer].attend(q, self.column)
+
+    def make_room(self, n):
+        """Reserves columns for n further tokens, which copies the tail."""
+        self.column = None
+        for layer in self.layers:
+            layer.tail_k, layer.tail_v = (F.pad(tail[:, :layer.tail_length], (0, 0, 0, n))
+                                          for tail in (layer.tail_k, layer.tail_v))
+
+    @property
+    def kept(self):
+        """How many entries every head holds now: L lists of G ints."""
+        return [[n + layer.tail_length for n in layer.lengths] for layer in self.layers]
 
     def fix_shapes(self):
         """From now on each decoding step runs the same kernels over the same memory, so that a CUDA

@@ -29,7 +29,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -226,15 +226,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
 
-    def forward(self, x, cos, sin, layer, cache):
-        """x: (T, E); cos, sin: (T, D). Returns (T, E). The first call for a layer is the prefill,
-        of which the cache keeps a part; each later one decodes one token. Without a cache every
-        call is a prefill."""
+    def project(self, x, cos, sin):
+        """x: (T, E) -> q (H, T, D), k, v (G, T, D); q and k turned by cos, sin (T, D)."""
         (H, G, D), T = self.shape, len(x)
         q = self.q_proj(x).view(T, H, D).transpose(0, 1)                   # (T, H*D) -> (H, T, D)
         k = self.k_proj(x).view(T, G, D).transpose(0, 1)                   # (T, G*D) -> (G, T, D)
         v = self.v_proj(x).view(T, G, D).transpose(0, 1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, cos, sin, layer, cache):
+        """x: (T, E); cos, sin: (T, D). Returns (T, E). The first call for a layer is the prefill,
+        of which the cache keeps a part; each later one decodes one token. Without a cache every
+        call is a prefill."""
+        q, k, v = self.project(x, cos, sin)
         if cache is not None and layer < len(cache):
             cache.append(layer, k, v)
             out = (decode_attention(q, cache[layer]) if cache.by_head
@@ -243,7 +247,7 @@ class Attention(nn.Module):
             out = prefill_attention(q, k, v)
             if cache is not None:
                 cache.compress(layer, q, k, v)
-        return self.o_proj(out.transpose(0, 1).reshape(T, H * D))          # (H, T, D) -> (T, H*D)
+        return self.o_proj(out.transpose(0, 1).flatten(1))                 # (H, T, D) -> (T, H*D)
 
 
 class MLP(nn.Module):
@@ -279,11 +283,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.rms_eps)
 
-    def forward(self, x, positions, cache=None):
-        """x: (T, E) embeddings of tokens and images; positions: (3, T). Returns (T, E)."""
+    def forward(self, x, positions, cache=None, drop=None):
+        """x: (T, E) embeddings of tokens and images; positions: (3, T); drop: (K, survivors), where
+        only the positions survivors(q, k) of layer K go on from there. Returns (T, E), or what is
+        left of it."""
         cos, sin = (angle.to(x.dtype) for angle in rotary_angles(positions, self.config))
         for l, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, l, cache)
+            before, x = x, layer(x, cos, sin, l, cache)
+            if drop and l == drop[0]:
+                q, k, _ = layer.self_attn.project(layer.input_layernorm(before), cos, sin)
+                left = drop[1](q, k)
+                x, cos, sin = x[left], cos[left], sin[left]
         return self.norm(x)
 
 
@@ -315,6 +325,18 @@ class Prompt:
     def image_tokens(self):
         return sum(map(len, self.images))
 
+    @property
+    def next_position(self):
+        """Where the text after the prompt goes on."""
+        return int(self.positions.max()) + 1
+
+    def extended(self, ids):
+        """The prompt with further text after it, token ids (n,)."""
+        new, first = self.ids.new_tensor(ids), self.next_position
+        positions = torch.arange(first, first + len(ids)).to(self.positions).expand(3, -1)
+        return replace(self, ids=torch.cat([self.ids, new]),
+                       positions=torch.cat([self.positions, positions], dim=1))
+
 
 class VisionLanguageModel(nn.Module):
     """What LlavaNext and Qwen2VL share. Each adds `decoder`, `lm_head`, and of an image: `lay_out`
@@ -327,9 +349,9 @@ class VisionLanguageModel(nn.Module):
             x[start:start + len(image)] = self.see(pixels, image)
         return x
 
-    def hidden_states(self, prompt, cache=None):
+    def hidden_states(self, prompt, cache=None, drop=None):
         """Prefill: the decoder's output (T, E). A cache keeps what its method selects."""
-        return self.decoder(self.embed(prompt), prompt.positions, cache)
+        return self.decoder(self.embed(prompt), prompt.positions, cache, drop)
 
     def logits(self, hidden):
         """(..., E) -> (..., vocabulary)."""
@@ -755,20 +777,36 @@ class Processor:
             end = self.tokenizer.eos_token_id
         return set(end) if isinstance(end, list) else {end}
 
-    def token_ids(self, num_images, text):
-        """One user turn, images first, up to where the answer begins: a list of token ids, with one
-        placeholder for each image."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    def render(self, num_images, turns):
+        """The chat template's text of a question, answer, question, ..., up to where the next
+        answer begins; the images come first in the first turn."""
+        messages = [{"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": t}]}
+                    for i, t in enumerate(turns)]
+        messages[0]["content"] = [{"type": "image"}] * num_images + messages[0]["content"]
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=self.template,
-                tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template,
+                                                      tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ValueError(f"the model's chat template: {error}") from None
-        ids = self.tokenizer(rendered).input_ids
+
+    def token_ids(self, num_images, text):
+        """One user turn, up to where the answer begins: a list of token ids, with one placeholder
+        for each image."""
+        ids = self.tokenizer(self.render(num_images, [text])).input_ids
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             return ids[1:]                              # one from the template, one from tokenizing
         return ids
+
+    def next_turn_ids(self, num_images, turns):
+        """What the template puts between the last answer in turns, [question, answer, ...,
+        question], and the next: token ids."""
+        rendered, asked = self.render(num_images, turns), self.render(num_images, turns[:-2])
+        answer = rendered.find(turns[-2], len(asked))
+        if answer < 0 or not rendered.startswith(asked):
+            raise ValueError("the model's chat template cannot go on after an answer; one --prompt "
+                             "is right")
+        before = self.tokenizer(rendered[:answer + len(turns[-2])]).input_ids
+        return self.tokenizer(rendered).input_ids[len(before):]
 
 
 def prepare(model, images, text):

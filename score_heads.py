@@ -32,7 +32,7 @@ the transcript.
 import json
 import os
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -111,14 +111,6 @@ def tokens_in_box(image, box):
     return ((image.kinds == GRID) & (width > 0) & (height > 0)).nonzero()[:, 0]
 
 
-def force(prompt, ids):
-    """The prompt with a transcript's token ids after it."""
-    ids, first = prompt.ids.new_tensor(ids), int(prompt.positions.max()) + 1
-    positions = torch.arange(first, first + len(ids)).to(prompt.positions).expand(3, -1)
-    return replace(prompt, ids=torch.cat([prompt.ids, ids]),
-                   positions=torch.cat([prompt.positions, positions], dim=1))
-
-
 @torch.inference_mode()
 def score_page(model, image, words, ids, match="aligned", prompt=OCR_PROMPT):
     """The visual scores of all heads on one page.
@@ -129,7 +121,7 @@ def score_page(model, image, words, ids, match="aligned", prompt=OCR_PROMPT):
     """
     prompt, tokenizer = prepare(model, [image], prompt), model.processor.tokenizer
     reader = PeakReader(len(ids) + 1)                    # rows P-1 ... P-1+n; row P-1+i emits y_i
-    model.hidden_states(force(prompt, ids), reader)
+    model.hidden_states(prompt.extended(ids), reader)
     peaks = torch.stack(reader.layers).cpu()                                         # (L, H, n + 1)
     regions = [tokens_in_box(prompt.images[0], box) + prompt.starts[0] for _, box in words]
     pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
@@ -269,39 +261,6 @@ def write_scores(per_page, path):
                 for l in range(L) for h in range(H)}, path)
 
 
-# ---- what the user sees --------------------------------------------------------------------------
-
-def gini(values):
-    """Gini coefficient of non-negative values: 0 if all are alike, near 1 if one holds all."""
-    x, n = values.flatten().sort().values, values.numel()
-    return (2 * (torch.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n).item()
-
-
-def top_share(values, part):
-    """(how many values are the top `part` of them, what share of the sum these hold)."""
-    n = max(1, round(part * values.numel()))
-    return n, (values.flatten().sort(descending=True).values[:n].sum() / values.sum()).item()
-
-
-def summary(s, shades=" .:-=+*#%@"):
-    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is over all heads
-    and within each layer, and a map."""
-    (L, H), lines = s.shape, ["layer  head   share"]
-    for i in s.flatten().argsort(descending=True, stable=True)[:10].tolist():
-        lines.append(f"{i // H:5d} {i % H:5d} {s[i // H, i % H]:7.2%}")
-    for part in (0.01, 0.05, 0.10):
-        n, held = top_share(s, part)
-        lines.append(f"top {part:4.0%} ({n} of {L * H} heads) hold {held:.1%}")
-    lines += [f"Gini coefficient {gini(s):.3f}", "",
-              f"layer  share  top 1 %  5 %  10 %   heads 0 to {H - 1}"]
-    for l in range(L):
-        held = "  ".join(f"{top_share(s[l], part)[1]:4.0%}" if s[l].sum() > 0 else "   -"
-                         for part in (0.01, 0.05, 0.10))
-        cells = "".join(shades[min(len(shades) - 1, int(x * len(shades) / s.max()))] for x in s[l])
-        lines.append(f"{l:5d} {s[l].sum():6.1%}   {held}   |{cells}|")
-    return "\n".join(lines)
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 def parse_arguments(argv):
@@ -380,9 +339,9 @@ def finish(args, model, out, settings, num, done, errors):
     s = read_head_scores(out, L, H)
     print(f"{len(chosen)} pages, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
           f"wrote {out}")
+    from experiments.draw import heat_map, summary
     print(summary(s))
     if args.heatmap:
-        from experiments.draw import heat_map
         heat_map(s, args.heatmap, f"{settings['model']}: visual scores, {len(chosen)} pages")
 
 

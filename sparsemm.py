@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cache import METHODS, NEEDS_SCORES, KVCache, make_method, read_head_scores
+from cache import (METHODS, NEEDS_SCORES, KVCache, fastv_length, fastv_survivors, make_method,
+                   read_head_scores)
 from model_llava import DTYPES, load, prepare
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny" / "qwen2-vl"
@@ -38,53 +39,116 @@ SCORES_FILE = "visual_head_scores.json"
 
 # ---- generation ----------------------------------------------------------------------------------
 
-@torch.inference_mode()
-def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rho=0.1,
-             redistribute=True, scores=None, max_new_tokens=256, seed=0, stream=None):
-    """Answers a question about images by greedy decoding with a compressed cache.
+def generate(model, images, prompt, method="sparsemm", budget=256, stream=None, **settings):
+    """Answers one question about images: Conversation.ask for the first of them."""
+    return Conversation(model, images, method, budget, **settings).ask(prompt, stream)
 
-    model: from model_llava.load; images: PIL images in RGB; prompt: the question; method: one of
-    cache.METHODS; budget: entries per KV head on average; window, rho, redistribute: see
-    cache.allocate_budgets; scores: visual scores (L, H), for sparsemm and shuffled; seed: for
-    random and shuffled; stream: called with each piece of text as it is decoded. Returns a dict:
 
-        text, token_ids, new_tokens     the answer; token_ids with the end token, if it came
-        prompt_tokens, image_tokens     T, and how many of them are of images
-        method, budget, kept            kept: L lists of G numbers, entries held after prefill
-        cache_bytes, full_cache_bytes   2 * D * itemsize for each of them, and for L * G * T
-        prefill_seconds                 vision, prefill and compression, up to the first token
-        decode_seconds                  all further tokens
+class Conversation:
+    """Questions about the same images, answered by greedy decoding with a compressed cache.
 
-    Raises ValueError for bad arguments.
+    The first question's prompt is prefilled and compressed. Each later question is appended to what
+    was kept, so that nothing is computed twice; but what to keep was chosen by where the first
+    question's window looked. With fresh=True all that was said so far is prefilled and compressed
+    anew for each question.
+
+    model: from model_llava.load; images: PIL images in RGB; method: one of cache.METHODS; budget:
+    entries per KV head on average; window, rho, redistribute: see cache.allocate_budgets; scores:
+    visual scores (L, H), for sparsemm and shuffled; max_new_tokens: of each answer; seed: for
+    random and shuffled; fastv: (K, share): only that share of the image tokens goes on after the
+    first K layers, see cache.fastv_survivors. Raises ValueError for bad arguments.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    c, inputs = model.config, prepare(model, images, prompt)
-    T = len(inputs.ids)
-    if T + max_new_tokens > c.max_tokens:
-        raise ValueError(f"prompt of {T} tokens and {max_new_tokens} new ones exceed the sliding "
-                         f"window of {c.max_tokens}, which is not built here")
-    plan = make_method(method, c.layers, c.kv_heads, T, budget, window, rho, redistribute, scores,
-                       seed)
-    cache = KVCache(plan, window, reserve=max_new_tokens - 1)
 
-    start = clock(model)
-    tokens = [model.logits(model.hidden_states(inputs, cache)[-1]).argmax().item()]
-    prefilled, cache_bytes = clock(model), cache.num_bytes()
-    text = Streamer(model.processor.tokenizer, stream)
-    text.show(tokens)
-    step = DecodingStep(model, cache, tokens[0], inputs.positions.max().item() + 1)
-    while tokens[-1] not in model.processor.end_tokens and len(tokens) < max_new_tokens:
-        tokens.append(step.next_token())
+    def __init__(self, model, images, method="sparsemm", budget=256, window=32, rho=0.1,
+                 redistribute=True, scores=None, max_new_tokens=256, seed=0, fresh=False,
+                 fastv=None):
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if fastv and not (0 < fastv[0] < model.config.layers and 0 <= fastv[1] <= 1):
+            raise ValueError(f"fastv {fastv}: from 1 to {model.config.layers - 1} layers, and a "
+                             "share between 0 and 1, are right")
+        self.model, self.images, self.method, self.budget = model, images, method, budget
+        self.window, self.fresh, self.fastv = window, fresh, fastv
+        self.method_settings = budget, window, rho, redistribute, scores, seed
+        self.max_new_tokens = max_new_tokens
+        self.turns = []                       # the first question, its answer, the second, ...
+        self.inputs = self.cache = None       # all that was read or written so far, as a Prompt
+        self.unread = []                      # tokens written, but not yet in inputs and cache
+
+    @torch.inference_mode()
+    def ask(self, question, stream=None):
+        """question: text; stream: called with each piece of the answer as it is decoded. Returns a
+        dict:
+
+            text, token_ids, new_tokens     the answer; token_ids with the end token, if it came
+            prompt_tokens, image_tokens     T, and how many of them are of images
+            method, budget, kept            kept: L lists of G numbers, entries held after prefill
+            cache_bytes, full_cache_bytes   2 * D * itemsize for each of them, and for L * G * T
+            prefill_seconds                 vision, prefill and compression, up to the first token
+            decode_seconds                  all further tokens
+        """
+        model, c = self.model, self.model.config
+        new = self.read(question)
+        T = len(self.inputs.ids)
+        if T + self.max_new_tokens > c.max_tokens:
+            raise ValueError(f"prompt of {T} tokens and {self.max_new_tokens} new ones exceed the "
+                             f"sliding window of {c.max_tokens}, which is not built here")
+        start = clock(model)
+        logits = self.prefill() if self.cache is None or self.fresh else self.append(new)
+        tokens = [logits.argmax().item()]
+        prefilled, kept, cache_bytes = clock(model), self.cache.kept, self.cache.num_bytes()
+        text = Streamer(model.processor.tokenizer, stream)
         text.show(tokens)
-    end = clock(model)
+        step = DecodingStep(model, self.cache, tokens[0], self.inputs.next_position)
+        while tokens[-1] not in model.processor.end_tokens and len(tokens) < self.max_new_tokens:
+            tokens.append(step.next_token())
+            text.show(tokens)
+        end = clock(model)
 
-    entry_bytes = 2 * c.head_dim * model.decoder.embed_tokens.weight.element_size()
-    return dict(
-        text=text.show(tokens, last=True), token_ids=tokens, prompt_tokens=T,
-        image_tokens=inputs.image_tokens, method=method, budget=budget, kept=cache.kept,
-        cache_bytes=cache_bytes, full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
-        prefill_seconds=prefilled - start, decode_seconds=end - prefilled, new_tokens=len(tokens))
+        self.inputs = self.inputs.extended(tokens[:-1])
+        self.unread = [t for t in tokens[-1:] if t not in model.processor.end_tokens]
+        self.turns.append(text.show(tokens, last=True))
+        entry_bytes = 2 * c.head_dim * model.decoder.embed_tokens.weight.element_size()
+        return dict(
+            text=self.turns[-1], token_ids=tokens, prompt_tokens=T,
+            image_tokens=self.inputs.image_tokens, method=self.method, budget=self.budget,
+            kept=kept, cache_bytes=cache_bytes,
+            full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
+            prefill_seconds=prefilled - start, decode_seconds=end - prefilled,
+            new_tokens=len(tokens))
+
+    def read(self, question):
+        """Takes a question into inputs. Returns the tokens that are new to the cache."""
+        self.turns.append(question)
+        if self.inputs is None:
+            self.inputs = prepare(self.model, self.images, question)
+            return self.inputs.ids.tolist()
+        new = self.unread + self.model.processor.next_turn_ids(len(self.images), self.turns)
+        if self.model.config.image_token in new:
+            raise ValueError(f"prompt {question!r} contains the token that stands for an image; a "
+                             "question without it is right")
+        self.inputs = self.inputs.extended(new)
+        return new
+
+    def prefill(self):
+        """All of inputs, into a new cache. Returns the logits (vocabulary,) of the first token."""
+        c, T, drop = self.model.config, len(self.inputs.ids), None
+        lengths = torch.full((c.layers,), T)
+        if self.fastv:
+            layers, share = self.fastv
+            image = self.inputs.ids == c.image_token
+            lengths[layers:] = fastv_length(image, share)
+            drop = layers - 1, partial(fastv_survivors, image=image, keep=share)
+        plan = make_method(self.method, c.layers, c.kv_heads, lengths, *self.method_settings)
+        self.cache = KVCache(plan, self.window, reserve=self.max_new_tokens - 1)
+        return self.model.logits(self.model.hidden_states(self.inputs, self.cache, drop)[-1])
+
+    def append(self, new):
+        """New tokens, one by one, onto what the cache holds. Returns the logits of the next."""
+        self.cache.make_room(len(new) + self.max_new_tokens - 1)
+        for position, token in enumerate(new, self.inputs.next_position - len(new)):
+            logits = self.model.decode(token, position, self.cache)
+        return logits
 
 
 class DecodingStep:
@@ -97,7 +161,8 @@ class DecodingStep:
         self.model, self.cache, self.graph = model, cache, None
         device = model.decoder.embed_tokens.weight.device
         self.token, self.position = (torch.tensor([n], device=device) for n in (token, position))
-        self.captures = device.type == "cuda" and not cache.by_head
+        even = len({layer.tail_length for layer in cache.layers}) == 1
+        self.captures = device.type == "cuda" and not cache.by_head and even
 
     def run(self):
         logits = self.model.decode(self.token, self.position, self.cache)
@@ -258,7 +323,10 @@ def parse_arguments(argv):
     parser = OneLineParser(
         prog="sparsemm.py", description="Ask a question about an image, with SparseMM's KV cache.")
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="images, in order")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT",
+                        help="the question; given again, further ones about the same images")
+    parser.add_argument("--fresh", action="store_true",
+                        help="prefill and compress anew for every question")
     parser.add_argument("--method", choices=METHODS, default="sparsemm", metavar="NAME",
                         help="which entries to keep: %(choices)s")
     parser.add_argument("--budget", type=whole_number(1), default=256, metavar="N",
@@ -271,6 +339,10 @@ def parse_arguments(argv):
                         help="lose what exceeds the prompt's length, as the authors' code does")
     parser.add_argument("--scores", metavar="FILE",
                         help=f"visual head scores (default: {SCORES_FILE} in the model's folder)")
+    parser.add_argument("--fastv-layer", type=whole_number(1), metavar="K",
+                        help="drop image tokens from prefill after K layers, as FastV does")
+    parser.add_argument("--fastv-keep", type=share, default=0.5, metavar="SHARE",
+                        help="how many of them stay then (default 0.5)")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=256, metavar="N")
     parser.add_argument("--compare", action="store_true", help="run every method; print a table")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -288,8 +360,11 @@ def parse_arguments(argv):
     if args.budget < args.window:
         parser.error(f"argument --budget: {args.budget} is below the window; at least "
                      f"{args.window} (--window) is right")
-    if not args.prompt.strip():
-        parser.error(f"argument --prompt: {args.prompt!r} is empty; a question is right")
+    if not all(text.strip() for text in args.prompt):
+        parser.error(f"argument --prompt: {''!r} is empty; a question is right")
+    if len(args.prompt) > 1 and (args.compare or args.show_heads):
+        parser.error(f"argument --prompt: {len(args.prompt)} questions; --compare and --show-heads "
+                     "take one")
     return parser, args
 
 
@@ -336,22 +411,29 @@ def main(argv=None):
         if needs_scores and scores is None and (args.show_heads or not args.compare):
             raise ValueError(f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py "
                              f"--model {args.model} makes it, and --method snapkv needs none")
-        run = partial(generate, model, images, args.prompt, budget=args.budget, window=args.window,
-                      rho=args.rho, redistribute=not args.no_redistribute, scores=scores,
-                      max_new_tokens=args.max_new_tokens, seed=args.seed)
+        begin = partial(Conversation, model, images, budget=args.budget, window=args.window,
+                        rho=args.rho, redistribute=not args.no_redistribute, scores=scores,
+                        max_new_tokens=args.max_new_tokens, seed=args.seed, fresh=args.fresh,
+                        fastv=args.fastv_layer and (args.fastv_layer, args.fastv_keep))
         if args.compare:
             skipped = NEEDS_SCORES if scores is None else ()
-            results = [run(method=name) for name in METHODS if name not in skipped]
+            results = [begin(method=name).ask(args.prompt[0]) for name in METHODS
+                       if name not in skipped]
             print(json.dumps({"runs": results}) if args.json
                   else comparison_table(results, skipped))
         else:
+            conversation, results = begin(method=args.method), []
             show = None if args.json else partial(print, end="", flush=True)
-            result = run(method=args.method, stream=show)
-            print(json.dumps(result) if args.json else "")
-            print(report(result, model), file=sys.stderr)
+            for question in args.prompt:
+                results.append(conversation.ask(question, show))
+                if not args.json:
+                    print()
+                print(report(results[-1], model), file=sys.stderr)
+            if args.json:
+                print(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
         if args.show_heads:
             from experiments.draw import show_heads
-            show_heads(model, images[0], args.prompt, scores, args.show_heads, args.show_token)
+            show_heads(model, images[0], args.prompt[0], scores, args.show_heads, args.show_token)
     except ValueError as error:
         parser.error(error)
 

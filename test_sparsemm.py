@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -38,9 +39,9 @@ import cache
 import model_llava
 import score_heads
 import sparsemm
-from cache import (METHODS, KVCache, allocate_budgets, make_method, observation_scores,
-                   select_entries)
-from experiments import evaluate, metrics, miniatures
+from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
+                   observation_scores, select_entries)
+from experiments import draw, evaluate, metrics, miniatures
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -688,13 +689,127 @@ def test_cache_holds_what_it_keeps_and_appending_moves_nothing():
             assert torch.equal(selected_k, k[g, keep]) and torch.equal(selected_v, v[g, keep])
             assert torch.equal(recent_k, torch.cat([k[g, -w:], *(a[g] for a, _ in new)]))
             assert torch.equal(recent_v, torch.cat([v[g, -w:], *(b[g] for _, b in new)]))
-        assert held.num_bytes() == 2 * D * 4 * (sum(map(sum, held.kept)) + step * G)
+        assert held.kept == [[12 + step] * G]
+        assert held.num_bytes() == 2 * D * 4 * G * (12 + step)
         new.append((torch.randn(G, 1, D), torch.randn(G, 1, D)))
         held.append(0, *new[-1])
         assert [[t.data_ptr() for t in head] for head in held[0]] == pointers
-    assert held.kept == [[12, 12]]
     with pytest.raises(ValueError, match="reserve"):
         held.append(0, *new[0])
+
+
+TURNS = {"vicuna": "</s>USER: So? ASSISTANT:", "mistral": "</s>[INST] So? [/INST]",
+         "qwen": "<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n"}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_second_question_equals_one_long_prompt_in_transformers(checkpoints, name):
+    """Nothing evicted: what was appended is what a single long conversation would have been."""
+    _, reference, ours = checkpoints[name]
+    images = [picture(45, 60), picture(30, 31, seed=1)]
+    processor = ours.processor
+    assert processor.tokenizer.decode(processor.next_turn_ids(2, ["Hi", "Yes", "So?"])) == \
+        TURNS[name]
+    talk = sparsemm.Conversation(ours, images, "full", max_new_tokens=5)
+    first, second = talk.ask("What is it?"), talk.ask("So?")
+    long, answer = talk.inputs.ids[:second["prompt_tokens"]], second["token_ids"]
+    said = [t for t in first["token_ids"] if t not in processor.end_tokens]
+    assert long[first["prompt_tokens"]:].tolist() == \
+        said + processor.next_turn_ids(2, ["Hi", "Yes", "So?"])
+    prompt = model_llava.prepare(ours, images, "Hi")
+    prompt.ids = torch.cat([long, torch.tensor(answer[:-1])])
+    logits = reference_logits(reference, ours, prompt, images)[len(long) - 1:]
+    assert logits.argmax(-1).tolist() == answer
+    assert second["kept"] == [[len(long)] * ours.config.kv_heads] * ours.config.layers
+
+
+def test_second_question_goes_on_from_what_was_kept(checkpoints):
+    """Its tokens are appended to every head; --fresh compresses the whole conversation instead, and
+    answers as a new prompt of the same tokens would."""
+    ours, images = checkpoints["qwen"][2], [picture(90, 120)]
+    settings = dict(method="snapkv", budget=40, max_new_tokens=4)
+    talk = sparsemm.Conversation(ours, images, **settings)
+    first = talk.ask("What is it?")
+    pointers = [layer.packed_k.data_ptr() for layer in talk.cache.layers]
+    second = talk.ask("So?")
+    assert [layer.packed_k.data_ptr() for layer in talk.cache.layers] == pointers
+    appended = second["prompt_tokens"] - first["prompt_tokens"]
+    assert second["kept"] == [[n + appended for n in layer] for layer in first["kept"]]
+    fresh = sparsemm.Conversation(ours, images, **settings, fresh=True)
+    again = fresh.ask("What is it?"), fresh.ask("So?")
+    assert again[0]["token_ids"] == first["token_ids"]
+    assert again[1]["prompt_tokens"] == second["prompt_tokens"]
+    assert again[1]["kept"] == [[40] * 2] * 3
+    anew = sparsemm.Conversation(ours, images, **settings)
+    anew.inputs = replace(fresh.inputs, ids=fresh.inputs.ids[:second["prompt_tokens"]],
+                          positions=fresh.inputs.positions[:, :second["prompt_tokens"]])
+    with torch.inference_mode():
+        assert anew.prefill().argmax() == again[1]["token_ids"][0]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
+def test_fastv_hides_the_image_tokens_that_the_last_query_looks_at_least(checkpoints, monkeypatch,
+                                                                         name):
+    """Which ones: by transformers' attention maps. What then: full attention under a mask that
+    hides them from layer K on."""
+    _, reference, ours = checkpoints[name]
+    K, share, images = 1, 0.4, [picture(60, 50)]
+    prompt = model_llava.prepare(ours, images, "What is it?")
+    image, T = prompt.ids == ours.config.image_token, len(prompt.ids)
+    inputs = dict(ours.processor.image_processor(images, return_tensors="pt"))
+    if name == "qwen":
+        inputs["mm_token_type_ids"] = image.int()[None]
+    with torch.no_grad():
+        maps = reference(input_ids=prompt.ids[None], output_attentions=True, **inputs).attentions
+    looked_at = maps[K - 1][0, :, -1].mean(0)
+    stays = looked_at >= looked_at[image].sort(descending=True).values[
+        round(share * int(image.sum())) - 1]
+    left = (stays | ~image).nonzero()[:, 0]
+    chosen = []
+
+    def survivors(q, k):
+        chosen.append(fastv_survivors(q, k, image, share))
+        return chosen[0]
+
+    with torch.inference_mode():
+        hidden = ours.hidden_states(prompt, drop=(K - 1, survivors))
+    assert chosen[0].tolist() == left.tolist()
+    assert len(left) == fastv_length(image, share) == len(hidden) < T
+
+    calls = []
+
+    def hiding(q, k, v):
+        calls.append(0)
+        seen = torch.ones(T, T, dtype=torch.bool).tril()
+        if len(calls) > K:
+            seen[:, ~(stays | ~image)] = False
+            seen |= torch.eye(T, dtype=torch.bool)                  # rows that nobody will read
+        return torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)[0]
+
+    monkeypatch.setattr(model_llava, "prefill_attention", hiding)
+    with torch.inference_mode():
+        expected = ours.hidden_states(prompt)[left]
+    assert (hidden - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fastv_leaves_its_layers_less_to_share(checkpoints, method):
+    ours, images = checkpoints["qwen"][2], [picture(90, 120)]
+    c, scores = ours.config, torch.rand(3, 6, dtype=torch.float64)
+    prompt = model_llava.prepare(ours, images, "What is it?")
+    T, left = len(prompt.ids), fastv_length(prompt.ids == c.image_token, 0.25)
+    for budget in (40, 150, 10000):
+        result = sparsemm.generate(ours, images, "What is it?", method, budget, scores=scores,
+                                   max_new_tokens=3, fastv=(1, 0.25))
+        kept = result["kept"]
+        assert max(kept[0]) <= T and max(map(max, kept[1:])) <= left
+        if method in ("full", "sparsemm", "shuffled", "random"):
+            most = (T + 2 * left) * c.kv_heads
+            assert sum(map(sum, kept)) == min(most, (10000 if method == "full" else budget) * 6)
+    assert kept == [[T] * 2, [left] * 2, [left] * 2]
+    with pytest.raises(ValueError, match="fastv"):
+        sparsemm.Conversation(ours, images, fastv=(3, 0.25))
 
 
 def test_full_method_equals_no_cache_at_all(checkpoints):
@@ -704,7 +819,7 @@ def test_full_method_equals_no_cache_at_all(checkpoints):
         prompt, tokens = model_llava.prepare(ours, images, "Read this."), []
         with torch.inference_mode():
             for _ in result["token_ids"]:
-                hidden = ours.hidden_states(score_heads.force(prompt, tokens))
+                hidden = ours.hidden_states(prompt.extended(tokens))
                 tokens.append(int(ours.logits(hidden[-1]).argmax()))
         assert tokens == result["token_ids"], name
         assert result["kept"] == [[len(prompt.ids)] * ours.config.kv_heads] * ours.config.layers
@@ -787,7 +902,7 @@ def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, 
         lambda module, args, kwargs, m=mask(l): (args, {**kwargs, "attention_mask": m}),
         with_kwargs=True) for l, layer in enumerate(layers)]
     try:
-        expected = reference_logits(reference, ours, score_heads.force(prompt, tokens), images)[T:]
+        expected = reference_logits(reference, ours, prompt.extended(tokens), images)[T:]
     finally:
         for hook in hooks:
             hook.remove()
@@ -855,7 +970,7 @@ def test_scores_equal_counting_with_attention_maps(checkpoints):
         prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
         P, shown, hit = len(prompt.ids), prompt.images[0], 0
         inputs = dict(ours.processor.image_processor(image, return_tensors="pt"))
-        longer = score_heads.force(prompt, tokens)
+        longer = prompt.extended(tokens)
         if name == "qwen":
             inputs["mm_token_type_ids"] = (longer.ids == ours.config.image_token).int()[None]
         with torch.no_grad():
@@ -986,10 +1101,10 @@ def test_one_pass_equals_step_by_step(checkpoints):
     prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
     reader = score_heads.PeakReader(len(ids) + 1)
     with torch.inference_mode():
-        ours.hidden_states(score_heads.force(prompt, ids), reader)
+        ours.hidden_states(prompt.extended(ids), reader)
         for i in range(len(ids) + 1):
             step = score_heads.PeakReader(1)
-            ours.hidden_states(score_heads.force(prompt, ids[:i]), step)
+            ours.hidden_states(prompt.extended(ids[:i]), step)
             for layer in range(c.layers):
                 assert torch.equal(step.layers[layer][:, 0], reader.layers[layer][:, i])
 
@@ -1060,12 +1175,12 @@ def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
 
 def test_summary_by_hand(tmp_path):
     s = torch.tensor([[0.7, 0.1], [0.2, 0.0]], dtype=torch.float64)
-    assert score_heads.top_share(s, 0.05) == (1, pytest.approx(0.7))
-    assert score_heads.top_share(s, 0.5) == (2, pytest.approx(0.9))
+    assert draw.top_share(s, 0.05) == (1, pytest.approx(0.7))
+    assert draw.top_share(s, 0.5) == (2, pytest.approx(0.9))
     # sorted 0, .1, .2, .7: 2 * (0*1 + .1*2 + .2*3 + .7*4) / 4 - 5/4
-    assert score_heads.gini(s) == pytest.approx(2 * 3.6 / 4 - 1.25)
-    assert score_heads.gini(torch.ones(3, 3)) == pytest.approx(0, abs=1e-6)
-    text = score_heads.summary(s)
+    assert draw.gini(s) == pytest.approx(2 * 3.6 / 4 - 1.25)
+    assert draw.gini(torch.ones(3, 3)) == pytest.approx(0, abs=1e-6)
+    text = draw.summary(s)
     assert "0     0  70.00%" in text and "|@.|" in text and "|: |" in text
 
 
@@ -1123,7 +1238,7 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
     assert sorted(labels_of_boxes) == sorted(shown.tolist()) and shown.any()
     if name == "qwen2-vl":                       # LLaVA's labels come tile by tile, not row by row
         assert labels_of_boxes == shown.tolist()
-    longer = score_heads.force(prompt, [])
+    longer = prompt.extended([])
     longer.ids = batch["input_ids"][0]
     longer.starts = [int((longer.ids == train_tiny.IMAGE).nonzero()[0])]
     longer.positions = ours.positions(len(longer.ids), longer.images, longer.starts)
@@ -1252,6 +1367,21 @@ def test_command_json(checkpoints, capfd, tmp_path):
     assert result["new_tokens"] == len(result["token_ids"]) <= 5
     assert result["text"] == ours.processor.tokenizer.decode(result["token_ids"],
                                                              skip_special_tokens=True)
+
+
+def test_command_takes_several_questions(checkpoints, capfd, tmp_path):
+    picture(50, 70).save(tmp_path / "a.png")
+    arguments = ("--model", checkpoints["qwen"][0], "--image", tmp_path / "a.png", "--method",
+                 "snapkv", "--budget", 40, "--max-new-tokens", 3, "--prompt", "Hi",
+                 "--prompt", "So")
+    out, err = run(capfd, *arguments)
+    assert out.count("\n") == 2 and err.count("ms per token") == 2
+    first, second = json.loads(run(capfd, *arguments, "--json")[0])["runs"]
+    assert set(first) == set(second) == RESULT_KEYS
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["new_tokens"]
+    assert second["kept"][0][0] > 40
+    fresh = json.loads(run(capfd, *arguments, "--json", "--fresh")[0])["runs"]
+    assert fresh[0]["token_ids"] == first["token_ids"] and fresh[1]["kept"] == [[40] * 2] * 3
 
 
 def test_command_shows_heads(checkpoints, capfd, tmp_path):

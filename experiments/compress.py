@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from cache import KVCache, kv_head_scores, make_method, observation_scores
 from model_llava import prepare, rotary_angles, rotate
-from score_heads import force
 
 SHARES = (1 / 64, 2 / 64, 3 / 64, 6 / 64)                   # of the heads that are masked
 
@@ -123,7 +122,7 @@ def forced_logits(prefill, keep, ids):
     """The logits (S, n, vocabulary) that follow each token of a forced answer, ids (n,), for S
     caches at a time. keep: (S, L, G, T) bool."""
     model, c, S, n = prefill.model, prefill.model.config, len(keep), len(ids)
-    positions = int(prefill.inputs.positions.max()) + 1 + torch.arange(n).expand(3, -1)
+    positions = prefill.inputs.next_position + torch.arange(n).expand(3, -1)
     ids, keep = (t.to(prefill.inputs.ids.device) for t in (torch.as_tensor(ids), keep))
     x = model.decoder.embed_tokens(ids).expand(S, n, -1)                                # (S, n, E)
     cos, sin = (a.to(x) for a in rotary_angles(positions, c))
@@ -152,7 +151,7 @@ def forced_accuracy(prefill, keep, ids, rows=2048):
 def written(prefill, cache, limit):
     """What the model writes from a prefill and its compressed cache, greedily, as text."""
     model, tokens = prefill.model, [prefill.first.argmax().item()]
-    position = int(prefill.inputs.positions.max()) + 1
+    position = prefill.inputs.next_position
     while tokens[-1] not in model.processor.end_tokens and len(tokens) < limit:
         tokens.append(model.decode(tokens[-1], position, cache).argmax().item())
         position += 1
@@ -266,7 +265,7 @@ def head_sets(s, seeds):
 @torch.inference_mode()
 def masked_accuracy(model, image, text, ids, sets):
     """The share of right tokens of a forced answer, all of them, for each set of masked heads."""
-    forced, right = force(prepare(model, [image], text), ids[:-1]), torch.tensor(ids)
+    forced, right = prepare(model, [image], text).extended(ids[:-1]), torch.tensor(ids)
     x, shares = model.embed(forced), []
     for heads in sets:
         with masked_heads(model, heads):

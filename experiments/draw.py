@@ -1,5 +1,7 @@
-"""Pictures, drawn with Pillow: the heat map of the heads' scores, what heads look at, and curves.
+"""The heads' scores in text, and pictures drawn with Pillow: the scores' heat map, what heads look
+at, and curves.
 
+    score_heads.py                            summary
     score_heads.py --heatmap heads.png        heat_map
     sparsemm.py --show-heads look.gif         show_heads
     experiments/reproduce.py main             line_charts
@@ -11,10 +13,40 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from model_llava import GRID, prepare
-from score_heads import force
 from sparsemm import generate
 
 RAMP = ((255, 255, 255), (254, 217, 118), (253, 141, 60), (227, 26, 28), (103, 0, 31))  # low, high
+
+
+def gini(values):
+    """Gini coefficient of non-negative values: 0 if all are alike, near 1 if one holds all."""
+    x, n = values.flatten().sort().values, values.numel()
+    return (2 * (torch.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n).item()
+
+
+def top_share(values, part):
+    """(how many values are the top `part` of them, what share of the sum these hold)."""
+    n = max(1, round(part * values.numel()))
+    return n, (values.flatten().sort(descending=True).values[:n].sum() / values.sum()).item()
+
+
+def summary(s, shades=" .:-=+*#%@"):
+    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is over all heads
+    and within each layer, and a map."""
+    (L, H), lines = s.shape, ["layer  head   share"]
+    for i in s.flatten().argsort(descending=True, stable=True)[:10].tolist():
+        lines.append(f"{i // H:5d} {i % H:5d} {s[i // H, i % H]:7.2%}")
+    for part in (0.01, 0.05, 0.10):
+        n, held = top_share(s, part)
+        lines.append(f"top {part:4.0%} ({n} of {L * H} heads) hold {held:.1%}")
+    lines += [f"Gini coefficient {gini(s):.3f}", "",
+              f"layer  share  top 1 %  5 %  10 %   heads 0 to {H - 1}"]
+    for l in range(L):
+        held = "  ".join(f"{top_share(s[l], part)[1]:4.0%}" if s[l].sum() > 0 else "   -"
+                         for part in (0.01, 0.05, 0.10))
+        cells = "".join(shades[min(len(shades) - 1, int(x * len(shades) / s.max()))] for x in s[l])
+        lines.append(f"{l:5d} {s[l].sum():6.1%}   {held}   |{cells}|")
+    return "\n".join(lines)
 
 
 def color(share):
@@ -102,7 +134,7 @@ def show_heads(model, picture, prompt, scores, path, token=0, count=3, scale=1):
     heads = [divmod(i, scores.shape[1]) for i in order[:count] + order[-count:]]
     inputs = prepare(model, [picture], prompt)
     reader = RowReader(heads, len(ids))
-    model.hidden_states(force(inputs, ids[:-1]), reader)         # row i is of the query emitting i
+    model.hidden_states(inputs.extended(ids[:-1]), reader)       # row i is of the query emitting i
     image, start = inputs.images[0], inputs.starts[0]
     decode = model.processor.tokenizer.decode
     written = [i for i in range(len(ids)) if ids[i] not in model.processor.end_tokens]

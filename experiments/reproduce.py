@@ -40,14 +40,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS
 from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head_sets,
                                   masked_accuracy, power_of_scores, written)
-from experiments.draw import line_charts
+from experiments.draw import gini, line_charts, top_share
 from experiments.evaluate_tiny import edit_distance, page_size
 from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
 from experiments.report import (claim, interval, negative, positive, results_page, table,
                                 write_readme)
 from model_llava import DTYPES, load
-from score_heads import MATCHES, Rendered, gini, score_page, top_share, write_json
+from score_heads import MATCHES, Rendered, score_page, write_json
 from sparsemm import DEFAULT_MODEL, OneLineParser, device_name, whole_number
 
 HERE = Path(__file__).resolve().parent
