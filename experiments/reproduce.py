@@ -9,6 +9,7 @@
     robustness      scores from other kinds of pages, from detection, from fewer pages
     redistribution  what a head cannot hold; which tokens count
     beyond          changes to the method, chosen on other pages than they are tested on
+    fastv           image tokens dropped in prefill (FastV), alone and before sparsemm
     all             all of these (the default)
     readme          rewrites the results chapter of README.md from what the parts have stored
 
@@ -48,7 +49,7 @@ from experiments.report import (claim, interval, negative, positive, results_pag
                                 write_readme)
 from model_llava import DTYPES, load
 from score_heads import MATCHES, Rendered, score_page, write_json
-from sparsemm import DEFAULT_MODEL, OneLineParser, device_name, whole_number
+from sparsemm import DEFAULT_MODEL, OneLineParser, device_name, generate, whole_number
 
 HERE = Path(__file__).resolve().parent
 SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")
@@ -609,8 +610,41 @@ def beyond(run):
     return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=[])
 
 
+def fastv(run, layer=2):
+    """FastV drops image tokens in prefill; sparsemm shares out what is left. Answers are written
+    freely."""
+    size, num, shares = run.reading_size(), max(1, run.pages // 2), (1.0, 0.5, 0.25)
+    hows = {"full": ("full", 256), **{f"sparsemm {b}": ("sparsemm", b) for b in BUDGETS[1:4:2]}}
+
+    def work(i):
+        image, text, _, ids = exercise(run.model, "test", run.seed, "question", size, i)
+        rows = []
+        for kept in shares:
+            for method, budget in hows.values():
+                r = generate(run.model, [image], text, method, budget, max_new_tokens=len(ids) + 8,
+                             scores=run.tables["aligned"],
+                             fastv=None if kept == 1 else (layer, kept))
+                rows.append([float(r["text"] == run.decode(ids)), np.mean(r["kept"]),
+                             1000 * r["prefill_seconds"]])
+        return rows
+
+    facts = dict(size=size, layer=layer, shares=shares, hows=hows,
+                 scores=checksum(run.tables["aligned"]))
+    done = np.array(run.per_page(f"fastv-{size[0]}x{size[1]}", facts, num, work))
+    done = done.reshape(num, len(shares), len(hows), 3)
+    where, tables = f"questions, {size[0]} x {size[1]} pixels, {num} pages", []
+    for i, (what, unit) in enumerate((("Exact answers", "%"), ("Entries kept per head", "entries"),
+                                      ("Prefill, ms", ""))):
+        tables.append(table(
+            f"{what}{', %' if unit == '%' else ''}; FastV after {layer} layers, {where}",
+            ["image tokens that stay", *hows],
+            [[f"{kept:.0%}", *(interval(done[:, j, m, i]) for m in range(len(hows)))]
+             for j, kept in enumerate(shares)], unit, readme=True))
+    return dict(facts=dict(pages=num, size=size), tables=tables, claims=[])
+
+
 PARTS = dict(heads=heads, main=main_part, ablation=ablation, masking=masking,
-             robustness=robustness, redistribution=redistribution, beyond=beyond)
+             robustness=robustness, redistribution=redistribution, beyond=beyond, fastv=fastv)
 
 
 # ---- the command ---------------------------------------------------------------------------------
