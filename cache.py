@@ -459,32 +459,7 @@ class KVCache:
                    for t in head)
 
 
-# ---- a drawing -----------------------------------------------------------------------------------
-
-def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
-    """Text: the three parts of the budget of the best, some middle and the worst heads of s (L, G),
-    drawn to scale, but no part that is there without a mark."""
-    kept = allocate_budgets(s, budget, length, window, rho)
-    (L, G), N = kept.shape, kept.numel()
-    lines = [f"{L} layers x {G} KV heads, a prompt of {length} tokens, budget {budget} per head: "
-             f"{kept.sum():,} of {N * length:,} entries kept",
-             "  # window (last positions)    = uniform    + by visual score"]
-    order = s.flatten().argsort(descending=True, stable=True).tolist()
-    places = [*range(rows), *range(max(rows, N // 2), N // 2 + rows), *range(N - rows, N)]
-    before = -1
-    for place in sorted({p for p in places if 0 <= p < N}):
-        if place > before + 1:
-            lines.append("  ...")
-        before, i = place, order[place]
-        n = kept.flatten()[i].item()
-        w = min(window, n)
-        r = min(round(rho * (budget - window)), n - w)
-        bar = "".join(mark * max(part > 0, round(part * columns / kept.max().item()))
-                      for mark, part in (("#", w), ("=", r), ("+", n - w - r)))
-        lines.append(f"  layer {i // G:2d} head {i % G:2d}  score {s.flatten()[i]:6.2%}  {n:5d}  "
-                     f"{bar}")
-    return "\n".join(lines)
-
+# ---- the command ---------------------------------------------------------------------------------
 
 def main(argv=None):
     tiny = Path(__file__).parent / "tiny" / "qwen2-vl" / "visual_head_scores.json"
@@ -496,6 +471,7 @@ def main(argv=None):
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--rho", type=float, default=0.1)
     args = parser.parse_args(argv)
+    from experiments.draw import draw_budgets
     try:
         keys = [key.split("-") for key in json.loads(Path(args.scores).read_text())]
         L, H = (1 + max(int(key[i]) for key in keys) for i in (0, 1))

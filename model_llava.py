@@ -752,7 +752,7 @@ class Processor:
             self.image_processor = image_processor.from_pretrained(folder, local_files_only=True)
             self.template = (self.read_template(folder) or self.tokenizer.chat_template
                              or config.template)
-            self.end_tokens = self.read_end_tokens(folder)
+            self.end_tokens, self.image_token = self.read_end_tokens(folder), config.image_token
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model {folder}: tokenizer, template or image processor: "
                              f"{error}") from None
@@ -791,8 +791,11 @@ class Processor:
 
     def token_ids(self, num_images, text):
         """One user turn, up to where the answer begins: a list of token ids, with one placeholder
-        for each image."""
+        for each image. Raises ValueError if the text itself holds a placeholder."""
         ids = self.tokenizer(self.render(num_images, [text])).input_ids
+        if ids.count(self.image_token) != num_images:
+            raise ValueError(f"prompt {text!r} contains {self.tokenizer.decode([self.image_token])}"
+                             ", which stands for an image; a question without it is right")
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             return ids[1:]                              # one from the template, one from tokenizing
         return ids
@@ -829,9 +832,6 @@ def prepare(model, images, text):
         pixels.append(values.to(weight.device, weight.dtype))
         laid_out.append(model.lay_out((image.height, image.width), processed))
     template = processor.token_ids(len(images), text)
-    if template.count(mark) != len(images):
-        raise ValueError(f"prompt {text!r} contains {processor.tokenizer.decode([mark])}, which "
-                         "stands for an image; a question without it is right")
     for token in template:
         if token == mark:
             starts.append(len(ids))

@@ -16,10 +16,7 @@ from Python. The method: Wang et al., "Head Sparsity Emerges from Visual Concept
 MLLMs", ICCV 2025, arXiv 2506.05344.
 """
 
-import argparse
 import json
-import math
-import os
 import sys
 import time
 import warnings
@@ -31,9 +28,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cache import (METHODS, NEEDS_SCORES, KVCache, fastv_length, fastv_survivors, make_method,
                    read_head_scores)
-from model_llava import DTYPES, load, prepare
+from experiments.arguments import (OneLineParser, add_model_arguments, output_file, share,
+                                   whole_number)
+from model_llava import load, prepare
 
-DEFAULT_MODEL = Path(__file__).parent / "tiny" / "qwen2-vl"
 SCORES_FILE = "visual_head_scores.json"
 
 
@@ -119,14 +117,12 @@ class Conversation:
 
     def read(self, question):
         """Takes a question into inputs. Returns the tokens that are new to the cache."""
+        self.model.processor.token_ids(len(self.images), question)           # may be refused
         self.turns.append(question)
         if self.inputs is None:
             self.inputs = prepare(self.model, self.images, question)
             return self.inputs.ids.tolist()
         new = self.unread + self.model.processor.next_turn_ids(len(self.images), self.turns)
-        if self.model.config.image_token in new:
-            raise ValueError(f"prompt {question!r} contains the token that stands for an image; a "
-                             "question without it is right")
         self.inputs = self.inputs.extended(new)
         return new
 
@@ -215,7 +211,9 @@ class Streamer:
         self.tokenizer, self.write, self.shown = tokenizer, write, 0
 
     def show(self, tokens, last=False):
-        """The text of all tokens so far."""
+        """The text of all tokens so far; nothing if nobody reads it yet."""
+        if not (self.write or last):
+            return ""
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if self.write and (last or not text.endswith("\ufffd")):
             self.write(text[self.shown:])
@@ -252,71 +250,6 @@ def find_scores(model, path):
         return None
     return read_head_scores(path or model.folder / SCORES_FILE, model.config.layers,
                             model.config.heads)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Bad input gets exactly one line and exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
-
-
-def whole_number(low):
-    """An argparse type: a whole number of at least `low`."""
-    def convert(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return value
-    return convert
-
-
-def share(text):
-    """An argparse type: a number between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
-
-
-def device_name(text):
-    """An argparse type: auto, cpu, cuda or cuda:N, if there is such a device."""
-    try:
-        device = torch.device("cpu" if text == "auto" else text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not among the {torch.cuda.device_count()} "
-                                         "CUDA devices that PyTorch finds; cpu or auto is right")
-    return text
-
-
-def output_file(text):
-    """An argparse type: a file that can be written, so that no long run ends in vain."""
-    path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; a file in a folder that "
-                                         "exists is right")
-    return path
-
-
-def add_model_arguments(parser):
-    """--model, --device, --dtype and --seed, the same for every script."""
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_HUB_ID",
-                        help="a checkpoint's folder or hub id (default: the small model in tiny/)")
-    parser.add_argument("--device", type=device_name, default="auto",
-                        help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="auto: float32 on a CPU, the checkpoint's own on CUDA")
-    parser.add_argument("--seed", type=whole_number(0), default=0)
 
 
 def parse_arguments(argv):
@@ -422,6 +355,8 @@ def main(argv=None):
             print(json.dumps({"runs": results}) if args.json
                   else comparison_table(results, skipped))
         else:
+            for question in args.prompt[1:]:            # to refuse it before the first is answered
+                model.processor.token_ids(len(images), question)
             conversation, results = begin(method=args.method), []
             show = None if args.json else partial(print, end="", flush=True)
             for question in args.prompt:

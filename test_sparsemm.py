@@ -21,6 +21,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ import sparsemm
 from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
                    observation_scores, select_entries)
 from experiments import draw, evaluate, metrics, miniatures
+from experiments.arguments import DEFAULT_MODEL
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -1250,6 +1252,44 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
         assert (ours.logits(ours.hidden_states(longer)) - expected).abs().max() < 1e-4
 
 
+def test_the_second_small_model_learns_from_the_first(tmp_path):
+    """Which of the teacher's image tokens shows the same cell; whose heads and neurons the decoder
+    starts with: query head h has the keys and values that it had in its group."""
+    from experiments import train_tiny
+    trainer = train_tiny.Trainer(SimpleNamespace(
+        seed=0, device="cpu", work=tmp_path, layout="llava-next",
+        teacher=HERE / "tiny" / "qwen2-vl"))
+    stage = train_tiny.Stage("test", "vision", ((256, 128),), 2, 1, 0, 0, ("form",))
+    first = train_tiny.LAYOUTS["qwen2-vl"]
+    batch, labels = train_tiny.make_batch(trainer.layout, stage, random.Random(1), teacher=first)
+    _, theirs = train_tiny.make_batch(first, stage, random.Random(1))
+    shown = batch["same_cell"] >= 0
+    assert shown.sum() == 2 * 16 * 8 and labels.any()
+    assert torch.equal(labels[shown], theirs[batch["same_cell"][shown]])
+    with torch.no_grad():
+        together = trainer.loss(batch, labels, "vision")[0]
+        own = trainer.image_tokens.flatten(0, 1)[shown]
+        taught = trainer.teachers_tokens[batch["same_cell"][shown]].float()
+        apart = trainer.loss({key: batch[key] for key in ("pixel_values",)}, labels, "vision")[0]
+        unlike = (own - taught).square().mean() / trainer.teachers_tokens.float().var(0).mean()
+    assert together - apart == pytest.approx(unlike.item(), rel=1e-3)
+
+    trainer.adopt_decoder()
+    for to, source in zip(trainer.model.model.language_model.layers,
+                          trainer.teacher.model.language_model.layers):
+        assert torch.equal(to.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
+        for own, taught in ((to.self_attn.k_proj, source.self_attn.k_proj),
+                            (to.self_attn.v_proj, source.self_attn.v_proj)):
+            own, taught = (p.weight.view(-1, 32, 256) for p in (own, taught))
+            assert all(torch.equal(own[h], taught[h // 2]) for h in range(8))
+        neurons = {tuple(gate): (up, down) for gate, up, down in zip(
+            source.mlp.gate_proj.weight.tolist(), source.mlp.up_proj.weight.tolist(),
+            source.mlp.down_proj.weight.T.tolist())}
+        for gate, up, down in zip(to.mlp.gate_proj.weight.tolist(), to.mlp.up_proj.weight.tolist(),
+                                  to.mlp.down_proj.weight.T.tolist()):
+            assert neurons[tuple(gate)] == (up, down)
+
+
 def _replayed(rng, stage):
     """The generator as make_batch hands it to the renderer of its first page."""
     rng.choice(stage.sizes), rng.choice(stage.kinds)
@@ -1258,7 +1298,7 @@ def _replayed(rng, stage):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])
 def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, sample):
-    model = tiny[sparsemm.DEFAULT_MODEL.name]
+    model = tiny[DEFAULT_MODEL.name]
     image = sparsemm.open_image(HERE / "tiny" / sample["image"])
     result = sparsemm.generate(model, [image], sample["prompt"],
                                scores=sparsemm.find_scores(model, None))

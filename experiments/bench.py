@@ -45,12 +45,13 @@ from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForC
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from cache import KVCache, make_method
+from experiments.arguments import DEFAULT_MODEL
 from experiments.draw import top_share
 from experiments.pages import render_page
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
 from score_heads import (OCR_PROMPT, align_tokens, score_page, tokens_in_box, transcribe,
                          write_json)
-from sparsemm import DEFAULT_MODEL, DecodingStep, clock
+from sparsemm import DecodingStep, clock
 
 
 # ---- decoding ------------------------------------------------------------------------------------

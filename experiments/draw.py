@@ -1,6 +1,7 @@
-"""The heads' scores in text, and pictures drawn with Pillow: the scores' heat map, what heads look
-at, and curves.
+"""Budgets and scores of heads in text, and pictures drawn with Pillow: the scores' heat map, what
+heads look at, and curves.
 
+    cache.py                                  draw_budgets
     score_heads.py                            summary
     score_heads.py --heatmap heads.png        heat_map
     sparsemm.py --show-heads look.gif         show_heads
@@ -12,10 +13,36 @@ import math
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from cache import allocate_budgets
 from model_llava import GRID, prepare
 from sparsemm import generate
 
 RAMP = ((255, 255, 255), (254, 217, 118), (253, 141, 60), (227, 26, 28), (103, 0, 31))  # low, high
+
+
+def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
+    """Text: the three parts of the budget of the best, some middle and the worst heads of s (L, G),
+    drawn to scale, but no part that is there without a mark."""
+    kept = allocate_budgets(s, budget, length, window, rho)
+    (L, G), N = kept.shape, kept.numel()
+    lines = [f"{L} layers x {G} KV heads, a prompt of {length} tokens, budget {budget} per head: "
+             f"{kept.sum():,} of {N * length:,} entries kept",
+             "  # window (last positions)    = uniform    + by visual score"]
+    order = s.flatten().argsort(descending=True, stable=True).tolist()
+    places = [*range(rows), *range(max(rows, N // 2), N // 2 + rows), *range(N - rows, N)]
+    before = -1
+    for place in sorted({p for p in places if 0 <= p < N}):
+        if place > before + 1:
+            lines.append("  ...")
+        before, i = place, order[place]
+        n = kept.flatten()[i].item()
+        w = min(window, n)
+        r = min(round(rho * (budget - window)), n - w)
+        bar = "".join(mark * max(part > 0, round(part * columns / kept.max().item()))
+                      for mark, part in (("#", w), ("=", r), ("+", n - w - r)))
+        lines.append(f"  layer {i // G:2d} head {i % G:2d}  score {s.flatten()[i]:6.2%}  {n:5d}  "
+                     f"{bar}")
+    return "\n".join(lines)
 
 
 def gini(values):

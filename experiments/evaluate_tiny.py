@@ -20,10 +20,11 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.arguments import DEFAULT_MODEL
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
 from model_llava import load
 from score_heads import write_json
-from sparsemm import DEFAULT_MODEL, generate
+from sparsemm import generate
 
 QUESTIONS = [task for task in WORDINGS if task != "transcript"]
 

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS
+from experiments.arguments import DEFAULT_MODEL, OneLineParser, device_name, whole_number
 from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head_sets,
                                   masked_accuracy, power_of_scores, written)
 from experiments.draw import gini, line_charts, top_share
@@ -49,7 +50,7 @@ from experiments.report import (claim, interval, negative, positive, results_pag
                                 write_readme)
 from model_llava import DTYPES, load
 from score_heads import MATCHES, Rendered, score_page, write_json
-from sparsemm import DEFAULT_MODEL, OneLineParser, device_name, generate, whole_number
+from sparsemm import generate
 
 HERE = Path(__file__).resolve().parent
 SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")

@@ -1,7 +1,7 @@
 """Trains the small document readers in tiny/ from nothing: pages are rendered as they are needed.
 
-    python experiments/train_tiny.py [--layout qwen2-vl | llava-next] [--work DIR] [--out DIR]
-                                     [--device DEVICE] [--threads N] [--workers N]
+    python experiments/train_tiny.py [--work DIR] [--out DIR] [--device DEVICE] [--threads N] ...
+    python experiments/train_tiny.py --layout llava-next --teacher tiny/qwen2-vl ...
 
 Two kinds of step, both with transformers' own classes (the forward pass of this project,
 model_llava.py, is then tested against them):
@@ -14,6 +14,11 @@ model_llava.py, is then tested against them):
 STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
 tell characters apart does not learn to find them either, so vision comes first.
 
+With --teacher the LLaVA-NeXT layout starts from a trained Qwen2-VL one, which saves most of the
+time: in vision steps its image tokens, which show the same 16 x 16 pixels, are also drawn towards
+the teacher's, and its decoder begins as a copy, with each KV head repeated for the query heads that
+shared it. Positions are counted otherwise there, and nothing keeps the copy as it was.
+
 One token per character, so that nothing can be guessed from a vocabulary. Every batch is drawn from
 a random generator seeded by (seed, layout, stage, step): a run that was killed and resumed sees the
 same pages as one that was not. The state is saved to --work at most every 45 seconds, and a run
@@ -25,6 +30,7 @@ to 400 steps, Muon at 5e-3 named 37 % of the cells at the end, AdamW at 2e-3 9 %
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -83,6 +89,8 @@ SMALL_KINDS = ("lines", "lines", "form")
 PLAIN_KINDS = ("lines", "form", "form", "receipt", "receipt")
 ALL_KINDS = (*["form"] * 5, *["receipt"] * 5, *["label"] * 2, *["table"] * 2, "lines", "letter",
              "sign", "shapes")
+ANSWER_KINDS = (*["form"] * 5, *["receipt"] * 3, *["label"] * 2, *["table"] * 3, "shapes", "lines",
+                "letter")
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -99,22 +107,17 @@ STAGES = {
               ALL_KINDS, wear=0.05),
         Stage("pages", "language", ((256, 256), (256, 256), (256, 128), (256, 192)), 6, 1050, 2e-3,
               2e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.15),
-        Stage("answers", "language", ((256, 128), (256, 128), (256, 256)), 8, 320, 1e-3, 5e-5,
-              (*["form"] * 5, *["receipt"] * 2, "label", "table"), rewording=0.1, transcripts=0.1),
+        Stage("answers", "language", ((256, 128), (256, 128), (256, 192), (256, 256)), 8, 2600,
+              2.5e-3, 3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
-        Stage("glyphs", "vision", ((256, 128), (128, 256)), 12, 2500, 6e-3, 3e-4, ALL_KINDS,
+        Stage("glyphs", "vision", ((256, 128), (128, 256)), 10, 1500, 6e-3, 3e-4, ALL_KINDS,
               wear=0.15),
-        Stage("words", "language", ((128, 128),), 16, 300, 6e-3, 6e-3, ("lines", "form"), 2,
-              transcripts=0.6),
-        Stage("strips", "language", ((128, 128), (256, 128)), 12, 350, 6e-3, 6e-3,
-              ("lines", "form"), 4, transcripts=0.5),
-        Stage("blocks", "language", ((256, 128), (128, 256)), 10, 400, 6e-3, 5e-3, PLAIN_KINDS),
-        Stage("cards", "language", ((256, 128), (256, 256)), 8, 400, 5e-3, 4e-3, ALL_KINDS,
-              wear=0.05),
-        Stage("pages", "language", ((256, 256), (384, 128), (256, 384)), 6, 1000, 4e-3, 1e-4,
-              ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.3),
+        Stage("words", "language", ((128, 128),), 16, 200, 5e-3, 4e-3, SMALL_KINDS,
+              transcripts=0.3),
+        Stage("pages", "language", ((256, 128), (256, 128), (256, 256), (128, 256)), 8, 1350, 4e-3,
+              3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
     ),
 }
 
@@ -205,8 +208,8 @@ class Qwen2VLLayout:
         model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
 
     def cell_labels(self, cells):
-        """(rows, columns, CHARS_PER_CELL) of a page -> one row for each output of the merger."""
-        return cells.reshape(-1, CHARS_PER_CELL)
+        """(rows, columns, n) of a page -> one row for each output of the merger."""
+        return cells.reshape(-1, cells.shape[-1])
 
 
 class LlavaNextLayout:
@@ -229,9 +232,9 @@ class LlavaNextLayout:
         layer of the vision tower is not used (vision_feature_layer is -2)."""
         return LlavaNextConfig(
             text_config=LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=256,
-                                    intermediate_size=384, num_hidden_layers=8,
+                                    intermediate_size=448, num_hidden_layers=8,
                                     num_attention_heads=8, num_key_value_heads=8,
-                                    max_position_embeddings=8192, rope_theta=10000.0,
+                                    max_position_embeddings=8192, rope_theta=100000.0,
                                     tie_word_embeddings=True, bos_token_id=END,
                                     eos_token_id=IM_END, pad_token_id=END),
             vision_config=CLIPVisionConfig(hidden_size=128, intermediate_size=384,
@@ -273,12 +276,12 @@ class LlavaNextLayout:
         model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
 
     def cell_labels(self, cells):
-        """(rows, columns, CHARS_PER_CELL) of a page -> those of its tiles, one after the other. The
-        thumbnail, which comes first, is too small to be read."""
-        rows, columns = cells.shape[0] // self.side, cells.shape[1] // self.side
-        tiles = cells.reshape(rows, self.side, columns, self.side, CHARS_PER_CELL)
-        tiles = tiles.transpose(0, 2, 1, 3, 4).reshape(-1, CHARS_PER_CELL)
-        return np.concatenate([np.full((self.side ** 2, CHARS_PER_CELL), IGNORE), tiles])
+        """(rows, columns, n) of a page -> those of its tiles, one after the other. The thumbnail,
+        which comes first, is too small to be read."""
+        rows, columns, n = cells.shape
+        tiles = cells.reshape(rows // self.side, self.side, columns // self.side, self.side, n)
+        tiles = tiles.transpose(0, 2, 1, 3, 4).reshape(-1, n)
+        return np.concatenate([np.full((self.side ** 2, n), IGNORE), tiles])
 
 
 LAYOUTS = {"qwen2-vl": Qwen2VLLayout(), "llava-next": LlavaNextLayout()}
@@ -355,8 +358,11 @@ def conversation(layout, stage, rng, page, most=6):
     return ids, labels
 
 
-def make_batch(layout, stage, rng, fonts=(None,)):
-    """One batch of a stage: the model's keyword arguments as tensors, and the auxiliary labels."""
+def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
+    """One batch of a stage: the model's keyword arguments as tensors, and the auxiliary labels.
+    With a teacher's layout vision steps also have what the teacher's vision tower takes, and for
+    each of the model's own image tokens the number of the teacher's that shows the same cell, below
+    0 for none."""
     size = rng.choice(stage.sizes)
     pages = [render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                          wear=stage.wear, fonts=fonts) for _ in range(stage.batch)]
@@ -365,8 +371,14 @@ def make_batch(layout, stage, rng, fonts=(None,)):
     ids = torch.tensor([ids + [END] * (longest - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in rows])
     cells = [layout.cell_labels(cell_characters(page)) for page in pages]
-    return (dict(input_ids=ids, labels=labels, **layout.inputs(ids, pages)),
-            torch.from_numpy(np.concatenate(cells)))
+    batch = dict(input_ids=ids, labels=labels, **layout.inputs(ids, pages))
+    if teacher and stage.step == "vision":
+        rows, columns = size[1] // CELL, size[0] // CELL
+        numbers = np.arange(len(pages) * rows * columns).reshape(len(pages), rows, columns, 1)
+        batch["teacher"] = teacher.inputs(ids, pages)
+        batch["same_cell"] = torch.from_numpy(
+            np.concatenate([layout.cell_labels(page)[:, 0] for page in numbers]))
+    return batch, torch.from_numpy(np.concatenate(cells))
 
 
 class Batches(Dataset):
@@ -381,7 +393,7 @@ class Batches(Dataset):
     def __getitem__(self, i):
         name = f"{self.args.seed} {self.args.layout} {self.stage.name} {self.start + i}"
         return make_batch(LAYOUTS[self.args.layout], self.stage, random.Random(name),
-                          self.args.fonts)
+                          self.args.fonts, LAYOUTS["qwen2-vl"] if self.args.teacher else None)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -389,16 +401,18 @@ class Batches(Dataset):
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention as two matrix products: on rows of some hundred tokens its backward pass takes half
     the time of scaled_dot_product_attention's on a CPU. Where only causality is to be masked there
-    is no mask."""
+    is no mask. The softmax stays in the products' type; autocast would take it to float32."""
     T = query.shape[2]
     if attention_mask is None and kwargs.get("is_causal", module.is_causal):
         attention_mask = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.matmul(query * scaling, key.transpose(2, 3))
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -1e4)
-    return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
+        scores = torch.matmul(query, key.transpose(2, 3))
+        if attention_mask is not None:
+            scores += torch.zeros_like(scores[:1, :1]).where(attention_mask, -1e4)
+        return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("products", attend)
@@ -429,7 +443,8 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         self.layout, self.stages = LAYOUTS[args.layout], STAGES[args.layout]
         self.model = self.layout.model_class(self.layout.config()).to(self.device)
-        self.model.set_attn_implementation("products" if args.device == "cpu" else "sdpa")
+        attention = "products" if args.device == "cpu" else "sdpa"
+        self.model.set_attn_implementation(attention)
         as_matrix_product(self.layout.patch_embedding(self.model))
         self.cells = nn.Linear(self.model.config.text_config.hidden_size,
                                CHARS_PER_CELL * len(VOCABULARY)).to(self.device)
@@ -452,6 +467,12 @@ class Trainer:
         self.image_tokens = None           # what the projector gave in the last forward pass
         self.layout.projector(self.model).register_forward_hook(
             lambda module, inputs, output: setattr(self, "image_tokens", output))
+        self.teacher = self.teachers_tokens = None
+        if args.teacher:
+            self.teacher = Qwen2VLForConditionalGeneration.from_pretrained(
+                args.teacher, dtype=torch.float32, attn_implementation=attention).to(self.device)
+            LAYOUTS["qwen2-vl"].projector(self.teacher).register_forward_hook(
+                lambda module, inputs, output: setattr(self, "teachers_tokens", output))
         self.state_file = Path(args.work) / f"{args.layout}.pt"
         if self.state_file.exists():
             self.load()
@@ -486,6 +507,8 @@ class Trainer:
     def loss(self, batch, characters, step):
         """The stage's loss; token accuracy (language) or cell accuracy (vision) of the batch."""
         characters = characters.to(self.device)
+        batch = dict(batch)
+        teacher, same_cell = batch.pop("teacher", None), batch.pop("same_cell", None)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16):
             if step == "vision":
@@ -499,9 +522,44 @@ class Trainer:
                                     ignore_index=IGNORE)
         if step == "vision":
             right = (logits.argmax(-1) == characters).all(-1)
+            if teacher:
+                cell_loss = cell_loss + self.unlike(teacher, same_cell)
             return cell_loss, right[characters[:, 0] > 0].float().mean()
         predicted, labels = out.logits[:, :-1].argmax(-1), batch["labels"][:, 1:]
         return out.loss + 0.5 * cell_loss, (predicted == labels)[labels != IGNORE].float().mean()
+
+    def unlike(self, teacher, same_cell):
+        """Mean squared difference of the image tokens from the teacher's of the same cells, over
+        the teacher's variance."""
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            LAYOUTS["qwen2-vl"].see(self.teacher, {name: tensor.to(self.device)
+                                                   for name, tensor in teacher.items()})
+        taught, shown = self.teachers_tokens.float(), same_cell >= 0
+        own = self.image_tokens.float().flatten(0, -2)
+        return F.mse_loss(own[shown], taught[same_cell[shown]]) / taught.var(0).mean()
+
+    @torch.no_grad()
+    def adopt_decoder(self):
+        """Copies the teacher's decoder: each KV head once for every query head of its group, of an
+        MLP's neurons those of the largest weights, no biases."""
+        own, taught = self.model.model.language_model, self.teacher.model.language_model
+        own.embed_tokens.load_state_dict(taught.embed_tokens.state_dict())
+        own.norm.load_state_dict(taught.norm.state_dict())
+        groups = taught.config.num_attention_heads // taught.config.num_key_value_heads
+        for to, source in zip(own.layers, taught.layers):
+            mlp = source.mlp
+            norms = [mlp.gate_proj.weight.norm(dim=1), mlp.up_proj.weight.norm(dim=1),
+                     mlp.down_proj.weight.norm(dim=0)]
+            widest = math.prod(norms).topk(to.mlp.gate_proj.out_features).indices
+            theirs = dict(source.named_parameters())
+            for name, parameter in to.named_parameters():
+                weight = theirs[name]
+                if "k_proj" in name or "v_proj" in name:
+                    weight = weight.unflatten(0, (-1, to.self_attn.head_dim))
+                    weight = weight.repeat_interleave(groups, 0).flatten(0, 1)
+                elif "mlp" in name:
+                    weight = weight[:, widest] if "down" in name else weight[widest]
+                parameter.copy_(weight)
 
     @torch.no_grad()
     def held_out(self, stage, batches=4):
@@ -523,6 +581,9 @@ class Trainer:
             language["lr"] = rate * share
 
     def run_stage(self, stage):
+        language = [s for s in self.stages if s.step == "language"]
+        if self.teacher and stage == language[0] and self.step == 0:
+            self.adopt_decoder()
         loader = DataLoader(Batches(self.args, stage, self.step), batch_size=None,
                             num_workers=self.args.workers,
                             prefetch_factor=4 if self.args.workers else None)
@@ -570,6 +631,9 @@ def main():
     parser.add_argument("--report", type=int, default=250, help="steps between held-out accuracies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", metavar="DIR", help="begin with the weights in a folder")
+    parser.add_argument("--teacher", metavar="DIR",
+                        help="a trained qwen2-vl checkpoint: llava-next learns to see as it does, "
+                             "and starts from its decoder")
     parser.add_argument("--stage", help="where --start-from begins (default: the last stage)")
     parser.add_argument("--export", action="store_true",
                         help="write --out from the saved state and stop")

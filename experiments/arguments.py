@@ -1,0 +1,77 @@
+"""Command-line arguments that several scripts have in common, and the checks behind them."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from model_llava import DTYPES
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "tiny" / "qwen2-vl"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Bad input gets exactly one line and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def whole_number(low):
+    """An argparse type: a whole number of at least `low`."""
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return value
+    return convert
+
+
+def share(text):
+    """An argparse type: a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def device_name(text):
+    """An argparse type: auto, cpu, cuda or cuda:N, if there is such a device."""
+    try:
+        device = torch.device("cpu" if text == "auto" else text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not among the {torch.cuda.device_count()} "
+                                         "CUDA devices that PyTorch finds; cpu or auto is right")
+    return text
+
+
+def output_file(text):
+    """An argparse type: a file that can be written, so that no long run ends in vain."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; a file in a folder that "
+                                         "exists is right")
+    return path
+
+
+def add_model_arguments(parser):
+    """--model, --device, --dtype and --seed, the same for every script."""
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_HUB_ID",
+                        help="a checkpoint's folder or hub id (default: the small model in tiny/)")
+    parser.add_argument("--device", type=device_name, default="auto",
+                        help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="auto: float32 on a CPU, the checkpoint's own on CUDA")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
