@@ -103,12 +103,13 @@ class Conversation:
             text.show(tokens)
         end = clock(model)
 
+        answer = text.show(tokens, last=True)
+        self.turns.append(answer.strip())
         self.inputs = self.inputs.extended(tokens[:-1])
         self.unread = [t for t in tokens[-1:] if t not in model.processor.end_tokens]
-        self.turns.append(text.show(tokens, last=True))
         entry_bytes = 2 * c.head_dim * model.decoder.embed_tokens.weight.element_size()
         return dict(
-            text=self.turns[-1], token_ids=tokens, prompt_tokens=T,
+            text=answer, token_ids=tokens, prompt_tokens=T,
             image_tokens=self.inputs.image_tokens, method=self.method, budget=self.budget,
             kept=kept, cache_bytes=cache_bytes,
             full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
