@@ -49,7 +49,9 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 HERE = Path(__file__).parent
 TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
-FLOORS = [("qwen2-vl", "form", (256, 128), 8), ("qwen2-vl", "receipt", (256, 256), 8)]
+FLOORS = [("qwen2-vl", "form", (256, 128), 9), ("qwen2-vl", "form", (256, 256), 8),
+          ("qwen2-vl", "receipt", (256, 256), 9), ("llava-next", "form", (256, 256), 6),
+          ("llava-next", "receipt", (256, 256), 7)]
                                                         # small model, page, pixels, right of ten
 SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
@@ -1297,8 +1299,9 @@ def _replayed(rng, stage):
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])
-def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, sample):
-    model = tiny[DEFAULT_MODEL.name]
+@pytest.mark.parametrize("name", TINY)
+def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, name, sample):
+    model = tiny[name]
     image = sparsemm.open_image(HERE / "tiny" / sample["image"])
     result = sparsemm.generate(model, [image], sample["prompt"],
                                scores=sparsemm.find_scores(model, None))

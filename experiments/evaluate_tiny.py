@@ -101,7 +101,8 @@ def main():
     print(table(results))
     sizes = " ".join(f"{width}x{height}" for width, height in args.sizes)
     about = dict(command=f"python experiments/evaluate_tiny.py --num {args.num} --seed {args.seed} "
-                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}",
+                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}"
+                         + " --questions-only" * args.questions_only,
                  machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
                  transformers=transformers.__version__, seed=args.seed, results=results)
     write_json(about, Path(args.out or model.folder / "evaluation.json"))

@@ -116,7 +116,7 @@ STAGES = {
               wear=0.15),
         Stage("words", "language", ((128, 128),), 16, 200, 5e-3, 4e-3, SMALL_KINDS,
               transcripts=0.3),
-        Stage("pages", "language", ((256, 128), (256, 128), (256, 256), (128, 256)), 8, 1350, 4e-3,
+        Stage("pages", "language", ((256, 128), (256, 128), (256, 256), (128, 256)), 8, 1800, 4e-3,
               3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
     ),
 }
