@@ -140,7 +140,9 @@ def results_chapter(out, parts, beside):
             if "picture" in results:
                 lines += [f"![{name}: accuracy against kept entries]({link(results['picture'])})",
                           ""]
-            lines += [markdown(t) + "\n" for t in results["tables"] if t["readme"]]
+            lines += ["<details><summary>Tables</summary>", "",
+                      *(markdown(t) + "\n" for t in results["tables"] if t["readme"]),
+                      "</details>", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
