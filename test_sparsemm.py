@@ -1217,7 +1217,8 @@ def test_score_files(tmp_path):
 def test_training_sees_what_the_command_sees(tmp_path, name):
     """An untrained model of each layout, saved as training saves it: pixels, the number of image
     tokens and which cell of the page each of them shows are those of our own loader, and the logits
-    on a training batch, with training's own attention and patch embedding, are ours."""
+    of every conversation about the page, with training's own attention and patch embedding, are those
+    that ours gives for that conversation alone."""
     from experiments import train_tiny
     layout = train_tiny.LAYOUTS[name]
     torch.manual_seed(0)
@@ -1242,16 +1243,22 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
     assert sorted(labels_of_boxes) == sorted(shown.tolist()) and shown.any()
     if name == "qwen2-vl":                       # LLaVA's labels come tile by tile, not row by row
         assert labels_of_boxes == shown.tolist()
-    longer = prompt.extended([])
-    longer.ids = batch["input_ids"][0]
-    longer.starts = [int((longer.ids == train_tiny.IMAGE).nonzero()[0])]
-    longer.positions = ours.positions(len(longer.ids), longer.images, longer.starts)
     batch["pixel_values"] = processed["pixel_values"]                  # training rounds to bfloat16
     reference.set_attn_implementation("products")
     train_tiny.as_matrix_product(layout.patch_embedding(reference))
     with torch.inference_mode():
         expected = reference(**{key: x for key, x in batch.items() if key != "labels"}).logits[0]
-        assert (ours.logits(ours.hidden_states(longer)) - expected).abs().max() < 1e-4
+    assert batch["conversations"] > 1
+    prefix, *_ = ids = list(batch["input_ids"][0].tensor_split([batch["prefix"]]))
+    expected = expected.tensor_split([batch["prefix"]])
+    for said, logits in zip(*(x[1].chunk(batch["conversations"]) for x in (ids, expected))):
+        alone = prompt.extended([])
+        alone.ids = torch.cat([prefix, said])
+        alone.starts = [int((alone.ids == train_tiny.IMAGE).nonzero()[0])]
+        alone.positions = ours.positions(len(alone.ids), alone.images, alone.starts)
+        with torch.inference_mode():
+            got = ours.logits(ours.hidden_states(alone))
+        assert (got - torch.cat([expected[0], logits])).abs().max() < 1e-4
 
 
 def test_the_second_small_model_learns_from_the_first(tmp_path):

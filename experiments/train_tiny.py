@@ -50,7 +50,6 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
                           GenerationConfig, LlamaConfig, LlavaNextConfig,
                           LlavaNextForConditionalGeneration, PreTrainedTokenizerFast, Qwen2VLConfig,
                           Qwen2VLForConditionalGeneration)
-from transformers.masking_utils import sdpa_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.pages import prompt, render_page, tasks
@@ -61,10 +60,11 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = {token: i for i, token in enumerate(SPECIAL + ["<|unknown|>"] + list(CHARACTERS))}
 END, IM_START, IM_END, VISION_START, VISION_END, IMAGE, VIDEO = range(len(SPECIAL))
 IGNORE = -100                     # label of positions that carry no loss
-ROUND = 64                        # rows are padded to a multiple: CPU kernels are compiled by shape
+ROUND = 32                        # conversations are padded to a multiple: kernels are made by shape
 
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
+CONVERSATIONS, LONGEST = 5, 96    # conversations about a page; tokens in one of several turns
 VISION_RATE = 0.4                 # share of the learning rate that vision gets in language steps
 ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets
 
@@ -82,7 +82,7 @@ class Stage:
     max_rows: int = 0     # lines of text at most; 0 for as many as fit
     wear: float = 0.0     # see pages.render_page
     rewording: float = 0.0      # share of prompts that are not the first wording
-    transcripts: float = 0.4    # share of pages that are transcribed
+    transcripts: float = 0.4    # share of batches whose pages are transcribed
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -91,6 +91,8 @@ ALL_KINDS = (*["form"] * 5, *["receipt"] * 5, *["label"] * 2, *["table"] * 2, "l
              "sign", "shapes")
 ANSWER_KINDS = (*["form"] * 5, *["receipt"] * 3, *["label"] * 2, *["table"] * 3, "shapes", "lines",
                 "letter")
+EVERY_KIND = (*["form"] * 3, *["receipt"] * 2, *["label"] * 2, *["table"] * 5, *["shapes"] * 2,
+              *["sign"] * 2, *["lines"] * 2, *["letter"] * 2)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -109,6 +111,8 @@ STAGES = {
               2e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.15),
         Stage("answers", "language", ((256, 128), (256, 128), (256, 192), (256, 256)), 8, 2600,
               2.5e-3, 3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
+        Stage("everything", "language", ((256, 128), (256, 192), (256, 256), (256, 256), (256, 320)),
+              8, 1700, 3e-3, 2e-5, EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -118,6 +122,8 @@ STAGES = {
               transcripts=0.3),
         Stage("pages", "language", ((256, 128), (256, 128), (256, 256), (128, 256)), 8, 1800, 4e-3,
               3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
+        Stage("everything", "language", ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)),
+              8, 1700, 3e-3, 2e-5, EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
 }
 
@@ -183,6 +189,14 @@ class Qwen2VLLayout:
     def image_ids(self, width, height):
         """The token ids that stand for a page."""
         return [VISION_START] + [IMAGE] * (width // CELL * (height // CELL)) + [VISION_END]
+
+    def positions(self, width, height):
+        """(3, prefix) int64: time, row and column of <|im_start|> and the tokens of a page."""
+        rows, columns = height // CELL, width // CELL
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        page = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + 2
+        last = torch.full((3, 1), 2 + max(rows, columns))
+        return torch.cat([torch.tensor([[0, 1]] * 3), page, last], 1)
 
     def inputs(self, ids, pages):
         """The model's further arguments, for token ids (B, T) and the B pages in them.
@@ -254,6 +268,10 @@ class LlavaNextLayout:
     def image_ids(self, width, height):
         rows, columns = height // CELL, width // CELL
         return [IMAGE] * (self.side ** 2 + rows * (columns + 1))
+
+    def positions(self, width, height):
+        """(prefix,) int64."""
+        return torch.arange(1 + len(self.image_ids(width, height)))
 
     def inputs(self, ids, pages):
         """pixel_values: (B, 1 + tiles, 3, 128, 128), the thumbnail first, then the tiles row by
@@ -337,41 +355,69 @@ def cell_characters(page):
     return cells
 
 
-def conversation(layout, stage, rng, page, most=6):
-    """Token ids and labels of one page: its transcript, or several questions with their answers."""
+def conversations(stage, rng, page, transcribe):
+    """What is said about one page after its image: its transcript, or some conversations of a few
+    questions and answers. Returns [(token ids, labels), ...]."""
     transcript, *questions = tasks(page)
     values = [question for question in questions if question[0] == "value"]
     others = [question for question in questions if question[0] != "value"]
-    chosen = rng.sample(values, min(most - 1, len(values)))
-    chosen += rng.sample(others, min(1 if values else most // 2, len(others)))
+    rng.shuffle(values)
+    chosen = rng.sample(others, min(4, len(others))) + values[:16]
     rng.shuffle(chosen)
-    if not chosen or rng.random() < stage.transcripts:
+    if transcribe or not chosen:
         chosen = [transcript]
-    ids, labels = [], []
-    for i, (task, about, answer) in enumerate(chosen):
+    said = []
+    for task, about, answer in chosen:
         text = prompt(rng if rng.random() < stage.rewording else None, task, about)
-        image = layout.image_ids(*page.image.size) if i == 0 else []
-        asked = [IM_START] + image + [VOCABULARY[c] for c in text] + [IM_END]
+        asked = [VOCABULARY[c] for c in text] + [IM_END]
         answered = [VOCABULARY[c] for c in answer] + [IM_END]
-        ids += asked + answered
-        labels += [IGNORE] * len(asked) + answered
-    return ids, labels
+        if said and len(said[-1][0] + asked + answered) < LONGEST:
+            asked = [IM_START] + asked
+        elif len(said) == CONVERSATIONS:
+            break
+        else:
+            said.append(([], []))
+        said[-1][0].extend(asked + answered)
+        said[-1][1].extend([IGNORE] * len(asked) + answered)
+    return said
+
+
+def padded(rows, filling, length, count=0):
+    """Lists of token ids or labels -> (count or more, length), filled up."""
+    rows = rows + [[]] * (count - len(rows))
+    return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
 
 def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
-    """One batch of a stage: the model's keyword arguments as tensors, and the auxiliary labels.
+    """One batch of a stage: the model's keyword arguments, and the auxiliary labels.
+
+    A row is a page, the prefix, and the conversations about it, one behind the other and all of one
+    length. Each sees the prefix and itself (see attend) and counts its positions from the prefix,
+    as if the others were not there: the page is read once for all of them.
+
     With a teacher's layout vision steps also have what the teacher's vision tower takes, and for
     each of the model's own image tokens the number of the teacher's that shows the same cell, below
     0 for none."""
     size = rng.choice(stage.sizes)
     pages = [render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                          wear=stage.wear, fonts=fonts) for _ in range(stage.batch)]
-    rows = [conversation(layout, stage, rng, page) for page in pages]
-    longest = -(-max(len(ids) for ids, _ in rows) // ROUND) * ROUND
-    ids = torch.tensor([ids + [END] * (longest - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in rows])
+    transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
+    said = [conversations(stage, rng, page, transcribe) for page in pages]
+    prefix = [IM_START] + layout.image_ids(*size)
+    count = max(map(len, said))
+    length = -(-max(len(ids) for page in said for ids, _ in page) // ROUND) * ROUND
+    ids = [padded([ids for ids, _ in page], END, length, count).flatten() for page in said]
+    labels = [padded([labels for _, labels in page], IGNORE, length, count).flatten()
+              for page in said]
+    ids = torch.cat([torch.tensor([prefix] * len(pages)), torch.stack(ids)], 1)
+    labels = torch.cat([torch.full((len(pages), len(prefix)), IGNORE), torch.stack(labels)], 1)
+    positions = layout.positions(*size)                                            # (..., prefix)
+    following = (positions.max() + 1 + torch.arange(length)).repeat(count)
+    positions = torch.cat([positions, following.expand(*positions.shape[:-1], -1)], -1)
     cells = [layout.cell_labels(cell_characters(page)) for page in pages]
-    batch = dict(input_ids=ids, labels=labels, **layout.inputs(ids, pages))
+    batch = dict(input_ids=ids, labels=labels, prefix=len(prefix), conversations=count,
+                 position_ids=positions.unsqueeze(-2).expand(*positions.shape[:-1], len(pages), -1),
+                 **layout.inputs(ids, pages))
     if teacher and stage.step == "vision":
         rows, columns = size[1] // CELL, size[0] // CELL
         numbers = np.arange(len(pages) * rows * columns).reshape(len(pages), rows, columns, 1)
@@ -398,25 +444,44 @@ class Batches(Dataset):
 
 # ---- training ------------------------------------------------------------------------------------
 
-def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention as two matrix products: on rows of some hundred tokens its backward pass takes half
-    the time of scaled_dot_product_attention's on a CPU. Where only causality is to be masked there
-    is no mask. The softmax stays in the products' type; autocast would take it to float32."""
-    T = query.shape[2]
-    if attention_mask is None and kwargs.get("is_causal", module.is_causal):
-        attention_mask = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, prefix=0,
+           conversations=0, **kwargs):
+    """The attention that make_batch's rows need, registered with transformers. In the decoder the
+    prefix attends to itself, and each conversation to the prefix and to itself, causally; in vision
+    towers all attend to all.
+
+    As two matrix products, whose backward pass on a CPU takes less time than that of
+    scaled_dot_product_attention. The softmax stays in the products' type; autocast would take it to
+    float32.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     with torch.autocast(query.device.type, enabled=False):
         query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
-        scores = torch.matmul(query, key.transpose(2, 3))
-        if attention_mask is not None:
-            scores += torch.zeros_like(scores[:1, :1]).where(attention_mask, -1e4)
-        return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None
+        if not module.is_causal:                                                # vision
+            return products(query, key, value).transpose(1, 2).contiguous(), None
+        own = [x[:, :, prefix:].unflatten(2, (conversations, -1)) for x in (query, key, value)]
+        shared = [x[:, :, None, :prefix].expand(-1, -1, conversations, -1, -1)
+                  for x in (key, value)]
+        key_of_all, value_of_all = (torch.cat(pair, 3) for pair in zip(shared, own[1:]))
+        output = torch.cat([
+            products(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], causal=True),
+            products(own[0], key_of_all, value_of_all, causal=True).flatten(2, 3)], 2)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def products(query, key, value, causal=False):
+    """Attention of (..., N, D) queries over (..., T, D) keys; if causal, the last N of the T tokens
+    are the queries'."""
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    if causal:
+        N, T = scores.shape[-2:]
+        scores += torch.full((N, T), -1e4, dtype=scores.dtype, device=scores.device).triu(T - N + 1)
+    return torch.matmul(scores.softmax(-1), value)
 
 
 AttentionInterface.register("products", attend)
-AttentionMaskInterface.register("products", sdpa_mask)
+AttentionMaskInterface.register("products", lambda **kwargs: None)
 
 
 def as_matrix_product(convolution):
@@ -443,8 +508,7 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         self.layout, self.stages = LAYOUTS[args.layout], STAGES[args.layout]
         self.model = self.layout.model_class(self.layout.config()).to(self.device)
-        attention = "products" if args.device == "cpu" else "sdpa"
-        self.model.set_attn_implementation(attention)
+        self.model.set_attn_implementation("products")
         as_matrix_product(self.layout.patch_embedding(self.model))
         self.cells = nn.Linear(self.model.config.text_config.hidden_size,
                                CHARS_PER_CELL * len(VOCABULARY)).to(self.device)
@@ -470,7 +534,7 @@ class Trainer:
         self.teacher = self.teachers_tokens = None
         if args.teacher:
             self.teacher = Qwen2VLForConditionalGeneration.from_pretrained(
-                args.teacher, dtype=torch.float32, attn_implementation=attention).to(self.device)
+                args.teacher, dtype=torch.float32, attn_implementation="products").to(self.device)
             LAYOUTS["qwen2-vl"].projector(self.teacher).register_forward_hook(
                 lambda module, inputs, output: setattr(self, "teachers_tokens", output))
         self.state_file = Path(args.work) / f"{args.layout}.pt"
@@ -509,7 +573,7 @@ class Trainer:
         characters = characters.to(self.device)
         batch = dict(batch)
         teacher, same_cell = batch.pop("teacher", None), batch.pop("same_cell", None)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16):
             if step == "vision":
                 self.layout.see(self.model, batch)
