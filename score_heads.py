@@ -51,7 +51,7 @@ from sparsemm import SCORES_FILE, generate
 OCR_PROMPT = "Provide all the OCR results of this image."
 
 
-# ---- one page ------------------------------------------------------------------------------------
+# ---- one transcript ------------------------------------------------------------------------------
 
 class PeakReader:
     """Stands where a cache would, and of each layer that passes by keeps where the last `rows`
@@ -113,21 +113,23 @@ def tokens_in_box(image, box):
 
 
 @torch.inference_mode()
-def score_page(model, image, words, ids, match="aligned", prompt=OCR_PROMPT):
-    """The visual scores of all heads on one page.
+def score_transcript(model, images, words, ids, match="aligned", prompt=OCR_PROMPT):
+    """The visual scores of all heads on one transcript, of a page or of several.
 
-    image: PIL image; words: [(text, box), ...] in reading order; ids: the transcript's tokens (n,);
-    match: which tokens count; prompt: what the transcript is the answer to. Returns scores (L, H)
-    float64, the number of tokens that counted, and the number of hits.
+    images: PIL images; words: for each of them [(text, box), ...] in reading order; ids: the
+    transcript's tokens (n,); match: which tokens count; prompt: what the transcript is the answer
+    to. Returns scores (L, H) float64, the number of tokens that counted, and the number of hits.
     """
-    prompt, tokenizer = prepare(model, [image], prompt), model.processor.tokenizer
+    prompt, tokenizer = prepare(model, images, prompt), model.processor.tokenizer
     reader = PeakReader(len(ids) + 1)                    # rows P-1 ... P-1+n; row P-1+i emits y_i
     model.hidden_states(prompt.extended(ids), reader)
     peaks = torch.stack(reader.layers).cpu()                                         # (L, H, n + 1)
-    regions = [tokens_in_box(prompt.images[0], box) + prompt.starts[0] for _, box in words]
+    regions = [tokens_in_box(image, box) + start
+               for image, start, page in zip(prompt.images, prompt.starts, words) for _, box in page]
     pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
     scores, counted, hits = torch.zeros(peaks.shape[:2], dtype=torch.float64), 0, 0
-    for i, word in enumerate(MATCHES[match](pieces, [text for text, _ in words])):
+    texts = [text for page in words for text, _ in page]
+    for i, word in enumerate(MATCHES[match](pieces, texts)):
         if word is not None and len(regions[word]) > 0:
             hit = torch.isin(peaks[:, :, i], regions[word])                                 # (L, H)
             scores += hit / len(regions[word])
@@ -135,11 +137,11 @@ def score_page(model, image, words, ids, match="aligned", prompt=OCR_PROMPT):
     return scores, counted, hits
 
 
-def transcribe(model, image, text, whose):
-    """The tokens (n,) of a page's transcript: those of `text`, or what the model writes itself."""
+def transcribe(model, images, text, whose):
+    """The tokens (n,) of a transcript: those of `text`, or what the model writes itself."""
     if whose == "truth":
         return model.processor.tokenizer(text, add_special_tokens=False).input_ids
-    ids = generate(model, [image], OCR_PROMPT, "full", max_new_tokens=1024)["token_ids"]
+    ids = generate(model, images, OCR_PROMPT, "full", max_new_tokens=1024)["token_ids"]
     return [i for i in ids if i not in model.processor.end_tokens]
 
 
@@ -167,6 +169,24 @@ class Rendered:
 
 
 # ---- many pages ----------------------------------------------------------------------------------
+
+@dataclass
+class Sets:
+    """Pages that follow one another, `size` at a time: the images of one prompt, which are counted
+    as one page from here on."""
+    pages: object
+    size: int
+
+    def __len__(self):
+        return -(-len(self.pages) // self.size)
+
+    def __getitem__(self, i):
+        """(images, the words of each, transcript) of prompt i."""
+        first = i * self.size
+        images, words, texts = zip(*(self.pages[j] for j in range(
+            first, min(first + self.size, len(self.pages)))))
+        return images, words, "\n".join(texts)
+
 
 @dataclass
 class Progress:
@@ -201,12 +221,12 @@ def score_pages(model, pages, progress, done, rank, ranks, match, whose, every=1
     mine = [i for i in range(rank, len(pages), ranks) if str(i) not in done]
     for count, i in enumerate(tqdm(mine, unit="page", disable=rank > 0), 1):
         try:
-            image, words, text = pages[i]
+            images, words, text = pages[i]
         except ValueError as error:
             errors[i] = str(error)
             continue
-        ids = transcribe(model, image, text, whose)
-        scores, tokens, hits = score_page(model, image, words, ids, match)
+        ids = transcribe(model, images, text, whose)
+        scores, tokens, hits = score_transcript(model, images, words, ids, match)
         progress.pages[str(i)] = dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits)
         if count % every == 0 or count == len(mine):
             progress.save()
@@ -238,6 +258,8 @@ def parse_arguments(argv):
     source.add_argument("--synthetic", choices=("all", *KINDS), default="all",
                         help="which pages to render if there is no --data (default all)")
     parser.add_argument("--num", type=whole_number(1), default=1000, help="pages (default 1000)")
+    parser.add_argument("--images", type=whole_number(1), default=1, metavar="N",
+                        help="pages in one prompt, transcribed one after the other (default 1)")
     parser.add_argument("--width", type=whole_number(32), default=256, help="rendered page, pixels")
     parser.add_argument("--height", type=whole_number(32), default=384, help="(default 256 x 384)")
     parser.add_argument("--transcript", choices=("model", "truth"), default="model",
@@ -265,11 +287,12 @@ def main(argv=None):
     name = Path(args.model).name if Path(args.model).is_dir() else args.model
     settings = dict(model=name, data=args.data, synthetic=None if args.data else kinds,
                     size=[args.width, args.height], seed=args.seed, match=args.match,
-                    transcript=args.transcript, dtype=args.dtype)
+                    transcript=args.transcript, dtype=args.dtype, images=args.images)
     settings = json.loads(json.dumps(settings))                     # as they come back from a file
     try:
         pages = (Annotated(args.data, args.num) if args.data else
                  Rendered(kinds, args.seed, (args.width, args.height), args.num))
+        pages = Sets(pages, args.images)
         model = load(args.model, args.device, args.dtype)
         out = args.out or model.folder / SCORES_FILE
         progress, done = Progress.resume(out, rank, settings, args.resume)
@@ -303,7 +326,8 @@ def finish(args, model, out, settings, num, done, errors):
     for part in out.parent.glob(f"{out.name}.part*[0-9]"):
         part.unlink()
     s = read_head_scores(out, L, H)
-    print(f"{len(chosen)} pages, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
+    unit = "pages" if args.images == 1 else f"prompts of {args.images} pages"
+    print(f"{len(chosen)} {unit}, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
           f"wrote {out}")
     from experiments.draw import heat_map, summary
     print(summary(s))

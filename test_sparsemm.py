@@ -963,17 +963,20 @@ def test_prefill_memory_does_not_grow_with_the_square_of_the_prompt(checkpoints)
 
 # ---- scoring -------------------------------------------------------------------------------------
 
-def test_scores_equal_counting_with_attention_maps(checkpoints):
-    """One pass over peaks = transformers' full attention maps, counted token by token."""
-    for name in ("vicuna", "qwen"):
-        _, reference, ours = checkpoints[name]
-        image, text = picture(60, 45), "ab cd e"
-        words = [("ab", (2, 2, 30, 20)), ("cd", (31, 2, 58, 20)), ("e", (5, 25, 30, 44))]
-        tokens = [VOCABULARY[c] for c in text]
-        scores, counted, hits = score_heads.score_page(ours, image, words, tokens)
-        prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
-        P, shown, hit = len(prompt.ids), prompt.images[0], 0
-        inputs = dict(ours.processor.image_processor(image, return_tensors="pt"))
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
+def test_scores_equal_counting_with_attention_maps(checkpoints, name):
+    """One pass over peaks = transformers' full attention maps, counted token by token: a transcript
+    of one image, and one of two."""
+    _, reference, ours = checkpoints[name]
+    shown = [picture(60, 45), picture(40, 70)]
+    boxes = [[("ab", (2, 2, 30, 20)), ("cd", (31, 2, 58, 20))], [("e", (5, 25, 30, 44))]]
+    both = [("ab", 0, boxes[0][0][1]), ("cd", 0, boxes[0][1][1]), ("e", 1, boxes[1][0][1])]
+    for images, words in ((shown[:1], both[:2]), (shown, both)):
+        tokens = [VOCABULARY[c] for c in " ".join(text for text, *_ in words)]
+        scores, counted, hits = score_heads.score_transcript(ours, images, boxes[:len(images)],
+                                                             tokens)
+        prompt, hit = model_llava.prepare(ours, images, score_heads.OCR_PROMPT), 0
+        inputs = dict(ours.processor.image_processor(images, return_tensors="pt"))
         longer = prompt.extended(tokens)
         if name == "qwen":
             inputs["mm_token_type_ids"] = (longer.ids == ours.config.image_token).int()[None]
@@ -981,19 +984,22 @@ def test_scores_equal_counting_with_attention_maps(checkpoints):
             maps = reference(input_ids=longer.ids[None], output_attentions=True,
                              **inputs).attentions
         expected = torch.zeros_like(scores)
-        for i, word in enumerate([0, 0, None, 1, 1, None, 2]):
+        of_token = [0, 0, None, 1, 1, None, 2][:len(tokens)]
+        for i, word in enumerate(of_token):
             if word is None:
                 continue
-            x0, y0, x1, y1 = words[word][1]
-            region = {prompt.starts[0] + j for j, (a, b, c, d) in enumerate(shown.boxes.tolist())
-                      if shown.kinds[j] == model_llava.GRID
+            _, image, (x0, y0, x1, y1) = words[word]
+            tokens_of = prompt.images[image]
+            region = {prompt.starts[image] + j
+                      for j, (a, b, c, d) in enumerate(tokens_of.boxes.tolist())
+                      if tokens_of.kinds[j] == model_llava.GRID
                       and min(c, x1) > max(a, x0) and min(d, y1) > max(b, y0)}
             for l, attention in enumerate(maps):
                 for h in range(ours.config.heads):
-                    if int(attention[0, h, P - 1 + i].argmax()) in region:
+                    if int(attention[0, h, len(prompt.ids) - 1 + i].argmax()) in region:
                         expected[l, h] += 1 / len(region)
                         hit += 1
-        assert (counted, hits) == (5, hit) and hit > 0
+        assert (counted, hits) == (len(of_token) - of_token.count(None), hit) and hit > 0
         assert torch.allclose(scores, expected)
 
 
@@ -1048,14 +1054,15 @@ def test_a_planted_head_scores_and_no_other(checkpoints, monkeypatch, name):
     newlines = (shown.kinds == model_llava.NEWLINE).nonzero()[:, 0]
     elsewhere = start + int(newlines[0]) if len(newlines) else start - 1
     plant(monkeypatch, ours, (1, 2), targets, elsewhere)
-    scores, counted, hits = score_heads.score_page(ours, image, words,
-                                                   [VOCABULARY[c] for c in "abac"])
+    scores, counted, hits = score_heads.score_transcript(ours, [image], [words],
+                                                         [VOCABULARY[c] for c in "abac"])
     expected = sum(1 / len(score_heads.tokens_in_box(shown, box)) for _, box in words)
     assert (counted, hits) == (4, 4)
     assert scores[1, 2] == pytest.approx(expected) and scores.sum() == scores[1, 2]
     # the same look with the words' boxes exchanged is no hit, except for the repeated "a"
     moved = [("a", words[3][1]), ("b", words[2][1]), ("a", words[1][1]), ("c", words[0][1])]
-    assert score_heads.score_page(ours, image, moved, [VOCABULARY[c] for c in "abac"])[2] == 0
+    assert score_heads.score_transcript(ours, [image], [moved],
+                                        [VOCABULARY[c] for c in "abac"])[2] == 0
 
 
 def test_thumbnail_and_newline_tokens_never_count(checkpoints):
@@ -1101,7 +1108,7 @@ def test_one_pass_equals_step_by_step(checkpoints):
     """The hits of one pass over a transcript are those seen while it is decoded token by token."""
     ours = checkpoints["mistral"][2]
     c, image = ours.config, picture(70, 50)
-    ids = score_heads.transcribe(ours, image, "", "model")[:20]
+    ids = score_heads.transcribe(ours, [image], "", "model")[:20]
     prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
     reader = score_heads.PeakReader(len(ids) + 1)
     with torch.inference_mode():
@@ -1122,7 +1129,7 @@ def score(folder, out, *more):
 def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp_path, capsys):
     folder = checkpoints["qwen"][0]
     whole = score(folder, tmp_path / "whole.json", "--num", 25)
-    real, calls = score_heads.score_page, []
+    real, calls = score_heads.score_transcript, []
 
     def dies(*arguments):
         calls.append(1)
@@ -1130,7 +1137,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(score_heads, "score_page", dies)
+    monkeypatch.setattr(score_heads, "score_transcript", dies)
     with pytest.raises(KeyboardInterrupt):
         score(folder, tmp_path / "cut.json", "--num", 25)
     assert not (tmp_path / "cut.json").exists()
@@ -1142,6 +1149,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp
         "cut.about.json", "cut.json", "whole.about.json", "whole.json"]
     about = json.loads((tmp_path / "whole.about.json").read_text())
     assert about["pages"] == 25 and about["tokens"] > 25 and about["hits"] > 0
+
+
+def test_several_pages_in_one_prompt(checkpoints):
+    pages = score_heads.Rendered(("form", "sign"), 0, (64, 48), 5)
+    sets = score_heads.Sets(pages, 2)
+    assert len(sets) == 3 and len(sets[2][0]) == 1
+    images, words, text = sets[1]
+    assert list(words) == [pages[2][1], pages[3][1]] and [i.size for i in images] == [(64, 48)] * 2
+    assert text == pages[2][2] + "\n" + pages[3][2]
 
 
 def test_two_processes_equal_one(checkpoints, tmp_path):
@@ -1169,6 +1185,9 @@ def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 pages, 3 skipped" in printed and "gone" in printed and "odd" in printed
     assert {len(v) for v in json.loads((tmp_path / "s.json").read_text()).values()} == {2}
+    score(checkpoints["qwen"][0], tmp_path / "s.json", "--data", tmp_path / "data.json",
+          "--images", 2)                                        # one and gone, odd and nothing, four
+    assert "1 prompts of 2 pages, 2 skipped" in capsys.readouterr().out
     pages = score_heads.Annotated(tmp_path / "data.json", 100)
     assert pages[4][1][1] == ("dog", (40, 5, 60, 40))
     (tmp_path / "data.json").write_text(json.dumps(entries[1:4]))

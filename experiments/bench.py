@@ -49,7 +49,7 @@ from experiments.arguments import DEFAULT_MODEL
 from experiments.draw import top_share
 from experiments.pages import render_page
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
-from score_heads import (OCR_PROMPT, align_tokens, score_page, tokens_in_box, transcribe,
+from score_heads import (OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, transcribe,
                          write_json)
 from sparsemm import DecodingStep, clock
 
@@ -297,8 +297,8 @@ def bench_scoring(folder, num, seed):
         words = [(word.text, word.box) for line in page.lines for word in line]
         for whose in ("truth", "model"):
             start = time.perf_counter()
-            ids = transcribe(ours, page.image, page.text, whose)
-            scores, *_ = score_page(ours, page.image, words, ids)
+            ids = transcribe(ours, [page.image], page.text, whose)
+            scores, *_ = score_transcript(ours, [page.image], [words], ids)
             middle = time.perf_counter()
             truth = tokenizer(page.text, add_special_tokens=False).input_ids
             expected, written = score_step_by_step(reference, ours, page.image, words,

@@ -49,7 +49,7 @@ from experiments.pages import KINDS, prompt, render_page, tasks
 from experiments.report import (claim, interval, negative, positive, results_page, table,
                                 write_readme)
 from model_llava import DTYPES, load
-from score_heads import MATCHES, Rendered, score_page, write_json
+from score_heads import MATCHES, Rendered, score_transcript, write_json
 from sparsemm import generate
 
 HERE = Path(__file__).resolve().parent
@@ -193,7 +193,7 @@ class Run:
 
     def score(self, name, num, work):
         """Visual scores of single pages (num, L, H), and how many tokens counted in all. work(i) ->
-        what score_page returns."""
+        what score_transcript returns."""
         def compact(i):
             scores, tokens, hits = work(i)
             return dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits)
@@ -212,7 +212,7 @@ class Run:
         def work(i):
             image, words, text = pages[i]
             ids = self.model.processor.tokenizer(text, add_special_tokens=False).input_ids
-            return score_page(self.model, image, words, ids, match)
+            return score_transcript(self.model, [image], [words], ids, match)
         return self.score(match.replace(" ", "-"), len(pages), work)
 
     def detection_scores(self, num):
@@ -220,7 +220,8 @@ class Run:
         def work(i):
             image, objects, text = detection_page(self.seed, i, self.sizes[-1])
             ids = self.model.processor.tokenizer(text, add_special_tokens=False).input_ids
-            return score_page(self.model, image, objects, ids, prompt=prompt(None, "shapes", ""))
+            return score_transcript(self.model, [image], [objects], ids,
+                                    prompt=prompt(None, "shapes", ""))
         return self.score("shapes", num, work)
 
     def reading_size(self):
