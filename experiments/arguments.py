@@ -75,3 +75,10 @@ def add_model_arguments(parser):
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="auto: float32 on a CPU, the checkpoint's own on CUDA")
     parser.add_argument("--seed", type=whole_number(0), default=0)
+
+
+def as_typed(model):
+    """A model's folder as a reader would type it: relative to the repository if it lies there."""
+    path, root = Path(model).resolve(), DEFAULT_MODEL.parents[1]
+    inside = path.exists() and path.is_relative_to(root)
+    return path.relative_to(root).as_posix() if inside else str(model)

@@ -20,7 +20,7 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import DEFAULT_MODEL
+from experiments.arguments import DEFAULT_MODEL, as_typed
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
 from model_llava import load
 from score_heads import write_json
@@ -100,8 +100,9 @@ def main():
                for kind in args.kinds for size in args.sizes]
     print(table(results))
     sizes = " ".join(f"{width}x{height}" for width, height in args.sizes)
-    about = dict(command=f"python experiments/evaluate_tiny.py --num {args.num} --seed {args.seed} "
-                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}"
+    about = dict(command=f"python experiments/evaluate_tiny.py --model {as_typed(args.model)} "
+                         f"--num {args.num} --seed {args.seed} --kinds {' '.join(args.kinds)} "
+                         f"--sizes {sizes}"
                          + " --questions-only" * args.questions_only,
                  machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
                  transformers=transformers.__version__, seed=args.seed, results=results)

@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS
-from experiments.arguments import DEFAULT_MODEL, OneLineParser, device_name, whole_number
+from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, device_name,
+                                   whole_number)
 from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head_sets,
                                   masked_accuracy, power_of_scores, written)
 from experiments.draw import gini, line_charts, top_share
@@ -685,15 +686,15 @@ def parse_arguments(argv):
     return parser, args
 
 
-def describe(args, run, part):
-    """What a result depends on."""
+def describe(args, run, part, model):
+    """What a result depends on. model: as --model names it."""
     c, device = run.model.config, run.model.decoder.embed_tokens.weight.device
     return dict(
         part=part, model=run.name, attention="MHA" if c.heads == c.kv_heads else "GQA",
         layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, seed=args.seed,
-        command=f"python experiments/reproduce.py {part} --pages {args.pages} --scoring-pages "
-                f"{args.scoring_pages} --sizes {' '.join(f'{w}x{h}' for w, h in args.sizes)} "
-                f"--seed {args.seed}",
+        command=f"python experiments/reproduce.py {part} --model {as_typed(model)} --pages "
+                f"{args.pages} --scoring-pages {args.scoring_pages} --sizes "
+                f"{' '.join(f'{w}x{h}' for w, h in args.sizes)} --seed {args.seed}",
         machine=torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"{platform.machine()}, {os.cpu_count()} cores",
         versions=dict(python=platform.python_version(), torch=torch.__version__,
@@ -710,7 +711,7 @@ def run_parts(args, name):
     for part in PARTS if args.part == "all" else [args.part]:
         run.seconds = 0
         found = PARTS[part](run)
-        results = dict(describe(args, run, part), seconds=run.seconds, **found)
+        results = dict(describe(args, run, part, name), seconds=run.seconds, **found)
         write_json(results, args.out / f"{part}-{run.name}.json")
         (args.out / f"{part}-{run.name}.md").write_text(results_page(results), encoding="utf-8")
         print(results_page(results))
