@@ -124,8 +124,8 @@ def score_transcript(model, images, words, ids, match="aligned", prompt=OCR_PROM
     reader = PeakReader(len(ids) + 1)                    # rows P-1 ... P-1+n; row P-1+i emits y_i
     model.hidden_states(prompt.extended(ids), reader)
     peaks = torch.stack(reader.layers).cpu()                                         # (L, H, n + 1)
-    regions = [tokens_in_box(image, box) + start
-               for image, start, page in zip(prompt.images, prompt.starts, words) for _, box in page]
+    regions = [tokens_in_box(image, box) + start for image, start, page
+               in zip(prompt.images, prompt.starts, words) for _, box in page]
     pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
     scores, counted, hits = torch.zeros(peaks.shape[:2], dtype=torch.float64), 0, 0
     texts = [text for page in words for text, _ in page]

@@ -43,7 +43,7 @@ import sparsemm
 from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
                    observation_scores, select_entries)
 from experiments import draw, evaluate, metrics, miniatures
-from experiments.arguments import DEFAULT_MODEL
+from experiments.arguments import DEFAULT_MODEL, as_typed
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -1186,7 +1186,7 @@ def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
     assert "2 pages, 3 skipped" in printed and "gone" in printed and "odd" in printed
     assert {len(v) for v in json.loads((tmp_path / "s.json").read_text()).values()} == {2}
     score(checkpoints["qwen"][0], tmp_path / "s.json", "--data", tmp_path / "data.json",
-          "--images", 2)                                        # one and gone, odd and nothing, four
+          "--images", 2)                                  # one and gone, odd and nothing, four
     assert "1 prompts of 2 pages, 2 skipped" in capsys.readouterr().out
     pages = score_heads.Annotated(tmp_path / "data.json", 100)
     assert pages[4][1][1] == ("dog", (40, 5, 60, 40))
@@ -1236,8 +1236,8 @@ def test_score_files(tmp_path):
 def test_training_sees_what_the_command_sees(tmp_path, name):
     """An untrained model of each layout, saved as training saves it: pixels, the number of image
     tokens and which cell of the page each of them shows are those of our own loader, and the logits
-    of every conversation about the page, with training's own attention and patch embedding, are those
-    that ours gives for that conversation alone."""
+    of every conversation about the page, with training's own attention and patch embedding, are
+    those that ours gives for that conversation alone."""
     from experiments import train_tiny
     layout = train_tiny.LAYOUTS[name]
     torch.manual_seed(0)
@@ -1278,6 +1278,35 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
         with torch.inference_mode():
             got = ours.logits(ours.hidden_states(alone))
         assert (got - torch.cat([expected[0], logits])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["form", "table", "letter", "shapes"])
+def test_conversations_in_training_ask_what_the_page_answers(kind):
+    """Every turn is a question about the page and its right answer, none comes twice, and the loss
+    is on the answers and their ends alone."""
+    from experiments import train_tiny
+    from experiments.pages import prompt as wording, tasks
+    stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0)
+    letters = {i: c for c, i in train_tiny.VOCABULARY.items()}
+    for seed in range(5):
+        page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
+        possible = {wording(None, *task[:2]): task[2] for task in tasks(page)}
+        (ids, _), = train_tiny.conversations(stage, random.Random(seed), page, transcribe=True)
+        assert page.text in "".join(map(letters.get, ids))
+        said, asked = train_tiny.conversations(stage, random.Random(seed), page, False), []
+        assert 0 < len(said) <= train_tiny.CONVERSATIONS
+        for ids, labels in said:
+            text = "".join(map(letters.get, ids))
+            turns = [turn.removeprefix("<|im_start|>") for turn in text.split("<|im_end|>")]
+            assert turns.pop() == "" and text.count("<|im_start|>") == len(turns) / 2 - 1
+            assert len(ids) <= train_tiny.LONGEST or len(turns) == 2
+            asked += turns[::2]
+            for question, answer in zip(turns[::2], turns[1::2]):
+                assert possible[question] == answer
+            learnt = "".join(letters[i] for i in labels if i != train_tiny.IGNORE)
+            assert learnt == "".join(answer + "<|im_end|>" for answer in turns[1::2])
+            assert all(label in (i, train_tiny.IGNORE) for i, label in zip(ids, labels))
+        assert len(set(asked)) == len(asked)
 
 
 def test_the_second_small_model_learns_from_the_first(tmp_path):
@@ -2192,6 +2221,11 @@ def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, caps
         assert text.endswith("<!-- /results -->\nafter\n")
     assert "vicuna (MHA) | qwen (GQA)" in text and "(out/main-qwen.png)" in text
     assert all(f"#### {part}, qwen" in text for part in reproduce.PARTS)
+
+
+def test_stored_commands_name_the_model_as_it_is_typed():
+    assert as_typed(DEFAULT_MODEL) == "tiny/qwen2-vl"
+    assert as_typed("someone/some-model") == "someone/some-model"
 
 
 def test_a_stopped_reproduction_goes_on(checkpoints, monkeypatch, tmp_path, capsys):

@@ -19,6 +19,8 @@ time: in vision steps its image tokens, which show the same 16 x 16 pixels, are 
 the teacher's, and its decoder begins as a copy, with each KV head repeated for the query heads that
 shared it. Positions are counted otherwise there, and nothing keeps the copy as it was.
 
+In language steps several conversations share a page, which is computed once for all of them.
+
 One token per character, so that nothing can be guessed from a vocabulary. Every batch is drawn from
 a random generator seeded by (seed, layout, stage, step): a run that was killed and resumed sees the
 same pages as one that was not. The state is saved to --work at most every 45 seconds, and a run
@@ -60,7 +62,7 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = {token: i for i, token in enumerate(SPECIAL + ["<|unknown|>"] + list(CHARACTERS))}
 END, IM_START, IM_END, VISION_START, VISION_END, IMAGE, VIDEO = range(len(SPECIAL))
 IGNORE = -100                     # label of positions that carry no loss
-ROUND = 32                        # conversations are padded to a multiple: kernels are made by shape
+ROUND = 32                        # conversations are padded to a multiple: few shapes are faster
 
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
@@ -111,8 +113,9 @@ STAGES = {
               2e-4, ALL_KINDS, wear=0.1, rewording=0.2, transcripts=0.15),
         Stage("answers", "language", ((256, 128), (256, 128), (256, 192), (256, 256)), 8, 2600,
               2.5e-3, 3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
-        Stage("everything", "language", ((256, 128), (256, 192), (256, 256), (256, 256), (256, 320)),
-              8, 1700, 3e-3, 2e-5, EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
+        Stage("everything", "language",
+              ((256, 128), (256, 192), (256, 256), (256, 256), (256, 320)), 8, 1700, 3e-3, 2e-5,
+              EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -122,8 +125,9 @@ STAGES = {
               transcripts=0.3),
         Stage("pages", "language", ((256, 128), (256, 128), (256, 256), (128, 256)), 8, 1800, 4e-3,
               3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
-        Stage("everything", "language", ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)),
-              8, 1700, 3e-3, 2e-5, EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
+        Stage("everything", "language",
+              ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 1700, 3e-3, 2e-5,
+              EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
 }
 
