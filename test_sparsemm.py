@@ -44,6 +44,7 @@ from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survi
                    observation_scores, select_entries)
 from experiments import draw, evaluate, metrics, miniatures
 from experiments.arguments import DEFAULT_MODEL, as_typed
+from experiments.report import show
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -2220,7 +2221,13 @@ def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, caps
         assert text.startswith("before\n<!-- results -->\n|") and "previous" not in text
         assert text.endswith("<!-- /results -->\nafter\n")
     assert "vicuna (MHA) | qwen (GQA)" in text and "(out/main-qwen.png)" in text
-    assert all(f"#### {part}, qwen" in text for part in reproduce.PARTS)
+    assert all(f"* [{part}, qwen](out/{part}-qwen.md): `python" in text
+               for part in reproduce.PARTS)
+    for part in ("heads", "main", "beyond", "fastv"):
+        table = next(t for t in stored[f"{part}-qwen.json"]["tables"] if t["readme"])
+        label, *cells = table["rows"][0]
+        assert f"#### {part}, qwen (GQA)" in text and table["title"] in text
+        assert "| " + " | ".join([label, *(show(x, table["unit"]) for x in cells)]) + " |" in text
 
 
 def test_stored_commands_name_the_model_as_it_is_typed():

@@ -134,15 +134,16 @@ def results_chapter(out, parts, beside):
     lines = claims_table(found) + [""]
     for part, stored in found.items():
         for results in stored:
-            name = results["model"]
-            lines += [f"#### {part}, {name} ({results['attention']})", "",
-                      f"{made(results)}; [all tables]({link(f'{part}-{name}.md')})", ""]
+            name, chosen = results["model"], [t for t in results["tables"] if t["readme"]]
+            if chosen or "picture" in results:
+                lines += [f"#### {part}, {name} ({results['attention']})", ""]
             if "picture" in results:
                 lines += [f"![{name}: accuracy against kept entries]({link(results['picture'])})",
                           ""]
-            lines += ["<details><summary>Tables</summary>", "",
-                      *(markdown(t) + "\n" for t in results["tables"] if t["readme"]),
-                      "</details>", ""]
+            lines += [markdown(t) + "\n" for t in chosen]
+    lines += ["#### All tables, and the commands that made them", ""]
+    lines += [f"* [{part}, {results['model']}]({link(part + '-' + results['model'] + '.md')}): "
+              f"{made(results)}" for part, stored in found.items() for results in stored]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -419,7 +419,7 @@ def free_running(run, size):
             measured = {s: dict(accuracy=np.array([page[name][j] for page in pages]))
                         for j, s in enumerate(settings)}
             where = f"{name}, {task}s written freely, {size[0]} x {size[1]} pixels, {num} pages"
-            tables += [grid(f"{where}, %", budgets, rows, measured, readme=True),
+            tables += [grid(f"{where}, %", budgets, rows, measured, readme=name == "exact"),
                        grid(f"sparsemm minus each other method, {where}, points", budgets,
                             against(rows, "sparsemm"), measured)]
     return tables
@@ -435,7 +435,7 @@ def ablation(run):
     for task in TASKS:
         measured, T = run.measure("ablation", task, size, flat(parts, shares, windows))
         where, low = place(task, size, T), tight(T)
-        tables += [grid(f"Parts of the budget, {where}, %", BUDGETS, parts, measured, readme=True),
+        tables += [grid(f"Parts of the budget, {where}, %", BUDGETS, parts, measured),
                    grid(f"Uniform share, {where}, %", BUDGETS,
                         {f"rho = {rho:g}": r for rho, r in shares.items()}, measured),
                    grid(f"Window, {where}, %", BUDGETS, windows, measured)]
@@ -476,7 +476,7 @@ def masking(run, seeds=10):
             f"Accuracy with masked heads, {task}s, {size[0]} x {size[1]} pixels, {num} pages, %",
             ["masked", "visual heads", f"random heads, mean of {seeds} sets", "visual minus none",
              "random minus none", "visual minus random"],
-            [["none", interval(none), interval(none), None, None, None], *rows], readme=True))
+            [["none", interval(none), interval(none), None, None, None], *rows]))
         near = min(range(len(counts)), key=lambda i: abs(counts[i] / s.numel() - 0.05))
         label, *_, drop, control, _ = rows[near]
         claims += [claim(f"masking the top 5 % of the heads hurts, {task}s",
@@ -510,8 +510,7 @@ def robustness(run):
     apart = resampled(list(kinds.values()), lambda a, b, c, d: (
         r(a, b) + r(a, c) + r(b, c) - r(a, d) - r(b, d) - r(c, d)) / 3)
     tables = [table(f"Agreement of scores, {num} pages of each kind, {len(pages)} of all, %",
-                    ["", "rank correlation", "common heads of the top 5 %"], agreement,
-                    readme=True)]
+                    ["", "rank correlation", "common heads of the top 5 %"], agreement)]
     claims = [claim("scores from different kinds of OCR agree", "highly consistent",
                     {among[0]: among[1]}, lambda f: f[1] > 0.8, signed=False),
               claim("they agree better than with scores from detection", "better",
@@ -566,12 +565,10 @@ def redistribution(run):
     for task in TASKS:
         measured, T = run.measure("redistribution", task, size, flat(pours, rules))
         where = place(task, size, T)
-        tables += [grid(f"What a head cannot hold, {where}, %", BUDGETS, pours, measured,
-                        readme=True),
+        tables += [grid(f"What a head cannot hold, {where}, %", BUDGETS, pours, measured),
                    grid(f"Poured out minus lost, {where}, points", BUDGETS,
                         {"": list(zip(*pours.values()))}, measured),
-                   grid(f"Entries really kept per head, {where}", BUDGETS, pours, measured, "kept",
-                        readme=True),
+                   grid(f"Entries really kept per head, {where}", BUDGETS, pours, measured, "kept"),
                    grid(f"sparsemm by the rule for which tokens count, {where}, %", TIGHT, rules,
                         measured)]
     return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=[])
@@ -642,7 +639,7 @@ def fastv(run, layer=2):
             f"{what}{', %' if unit == '%' else ''}; FastV after {layer} layers, {where}",
             ["image tokens that stay", *hows],
             [[f"{kept:.0%}", *(interval(done[:, j, m, i]) for m in range(len(hows)))]
-             for j, kept in enumerate(shares)], unit, readme=True))
+             for j, kept in enumerate(shares)], unit, readme=i == 0))
     return dict(facts=dict(pages=num, size=size), tables=tables, claims=[])
 
 
