@@ -48,9 +48,9 @@ def page_size(text):
     return int(width), int(height)
 
 
-def evaluate(model, kind, size, num, seed, transcripts=True):
-    """Results on num pages of a kind and size (width, height): of each task the number of pages
-    that have it and the mean score."""
+def evaluate(model, kind, size, num, seed, transcripts):
+    """Results on num pages of a kind and size (width, height), of which the first `transcripts` are
+    transcribed, too: of each task the number of pages that have it and the mean score."""
     scores, image_tokens = {task: [] for task in WORDINGS}, 0
     for i in tqdm(range(num), desc=f"{kind} {size[0]} x {size[1]}", leave=False):
         rng = random.Random(f"evaluation {seed} {kind} {size} {i}")
@@ -58,7 +58,7 @@ def evaluate(model, kind, size, num, seed, transcripts=True):
         possible = tasks(page)
         for task in WORDINGS:
             asked = [entry for entry in possible if entry[0] == task]
-            if not asked or task == "transcript" and not transcripts:
+            if not asked or task == "transcript" and i >= transcripts:
                 continue
             _, about, right = rng.choice(asked)
             run = generate(model, [page.image], prompt(None, task, about), "full",
@@ -91,19 +91,21 @@ def main():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--sizes", nargs="+", type=page_size, default=[(256, 256), (256, 384)],
                         metavar="WxH", help="in pixels (default 256x256 256x384)")
-    parser.add_argument("--questions-only", action="store_true", help="no transcripts")
+    parser.add_argument("--transcripts", type=int, metavar="N",
+                        help="how many of the pages are transcribed, which takes most of the time "
+                             "(default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="default: evaluation.json in the model's folder")
     args = parser.parse_args()
+    transcripts = args.num if args.transcripts is None else args.transcripts
     model = load(args.model, "auto", "float32")
-    results = [evaluate(model, kind, size, args.num, args.seed, not args.questions_only)
+    results = [evaluate(model, kind, size, args.num, args.seed, transcripts)
                for kind in args.kinds for size in args.sizes]
     print(table(results))
     sizes = " ".join(f"{width}x{height}" for width, height in args.sizes)
     about = dict(command=f"python experiments/evaluate_tiny.py --model {as_typed(args.model)} "
-                         f"--num {args.num} --seed {args.seed} --kinds {' '.join(args.kinds)} "
-                         f"--sizes {sizes}"
-                         + " --questions-only" * args.questions_only,
+                         f"--num {args.num} --transcripts {transcripts} --seed {args.seed} "
+                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}",
                  machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
                  transformers=transformers.__version__, seed=args.seed, results=results)
     write_json(about, Path(args.out or model.folder / "evaluation.json"))
