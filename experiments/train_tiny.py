@@ -114,7 +114,7 @@ STAGES = {
         Stage("answers", "language", ((256, 128), (256, 128), (256, 192), (256, 256)), 8, 2600,
               2.5e-3, 3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
         Stage("everything", "language",
-              ((256, 128), (256, 192), (256, 256), (256, 256), (256, 320)), 8, 1200, 3e-3, 2e-5,
+              ((256, 128), (256, 192), (256, 256), (256, 256), (256, 320)), 8, 1050, 3e-3, 2e-5,
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
     "llava-next": (
@@ -126,7 +126,7 @@ STAGES = {
         Stage("pages", "language", ((256, 128), (256, 128), (256, 256), (128, 256)), 8, 1800, 4e-3,
               3e-5, ANSWER_KINDS, wear=0.05, rewording=0.1, transcripts=0.12),
         Stage("everything", "language",
-              ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 1200, 3e-3, 2e-5,
+              ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 1150, 3e-3, 2e-5,
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
 }
