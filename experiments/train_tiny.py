@@ -386,8 +386,8 @@ def conversations(stage, rng, page, transcribe):
     return said
 
 
-def padded(rows, filling, length, count=0):
-    """Lists of token ids or labels -> (count or more, length), filled up."""
+def padded(rows, filling, count, length):
+    """Lists of token ids or labels -> (count, length), filled up."""
     rows = rows + [[]] * (count - len(rows))
     return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
@@ -410,8 +410,8 @@ def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
     prefix = [IM_START] + layout.image_ids(*size)
     count = max(map(len, said))
     length = -(-max(len(ids) for page in said for ids, _ in page) // ROUND) * ROUND
-    ids = [padded([ids for ids, _ in page], END, length, count).flatten() for page in said]
-    labels = [padded([labels for _, labels in page], IGNORE, length, count).flatten()
+    ids = [padded([ids for ids, _ in page], END, count, length).flatten() for page in said]
+    labels = [padded([labels for _, labels in page], IGNORE, count, length).flatten()
               for page in said]
     ids = torch.cat([torch.tensor([prefix] * len(pages)), torch.stack(ids)], 1)
     labels = torch.cat([torch.full((len(pages), len(prefix)), IGNORE), torch.stack(labels)], 1)
