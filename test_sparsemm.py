@@ -42,7 +42,7 @@ import score_heads
 import sparsemm
 from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
                    observation_scores, select_entries)
-from experiments import draw, evaluate, metrics, miniatures
+from experiments import draw, evaluate, metrics, miniatures, sources
 from experiments.arguments import DEFAULT_MODEL, as_typed
 from experiments.report import show
 
@@ -1121,6 +1121,40 @@ def test_one_pass_equals_step_by_step(checkpoints):
                 assert torch.equal(step.layers[layer][:, 0], reader.layers[layer][:, i])
 
 
+@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
+def test_a_draft_changes_nothing_but_the_number_of_passes(checkpoints, name, monkeypatch):
+    """The model's own transcript is what decoding token by token gives, whatever the draft says; if
+    it says the same, every pass but the last accepts all of its guess and a token more."""
+    ours, images = checkpoints[name][2], [picture(70, 50), picture(40, 90)]
+    rng = random.Random(0)
+    written = sparsemm.generate(ours, images, score_heads.OCR_PROMPT, "full",
+                                max_new_tokens=40)["token_ids"]
+    plain = [token for token in written if token not in ours.processor.end_tokens]
+    wrong = [token if rng.random() < 0.7 else rng.randrange(ours.config.vocabulary)
+             for token in plain]
+    missing = [token for token in plain if rng.random() < 0.7]
+    passes, cut = [], score_heads.FullCache.cut
+    monkeypatch.setattr(score_heads.FullCache, "cut",
+                        lambda self, T: (passes.append(T), cut(self, T)))
+    for draft in ([], plain, wrong, missing, plain[20:], plain * 2, [5] * 100):
+        for guess_length in (1, 7, 32):
+            passes.clear()
+            assert plain == score_heads.own_transcript(ours, images, draft, guess_length, 40)
+            if draft == plain:
+                assert len(passes) + 1 == math.ceil(len(written) / (guess_length + 1))
+
+
+def test_a_draft_goes_on_behind_what_was_written_last():
+    goes_on = score_heads.continuation
+    assert goes_on([1, 2, 3, 4, 5], []) == [1, 2, 3, 4, 5]
+    assert goes_on([1, 2, 3, 4, 5], [1, 2]) == [3, 4, 5]
+    assert goes_on([1, 2, 3, 4, 5], [1, 9]) == [3, 4, 5]               # a wrong token: its place
+    assert goes_on([1, 2, 3, 4, 5], [1, 2, 4]) == [5]                  # one left out
+    assert goes_on([1, 2, 3, 1, 2, 4], [1, 2, 3, 1, 2]) == [4]         # the nearer of two places
+    assert goes_on([1, 2, 3], [1, 2, 3, 4, 5]) == []
+    assert goes_on([], [1]) == []
+
+
 def score(folder, out, *more):
     score_heads.main(["--model", str(folder), "--width", "64", "--height", "48", "--out", str(out),
                       "--transcript", "truth", *map(str, more)])
@@ -1153,8 +1187,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp
 
 
 def test_several_pages_in_one_prompt(checkpoints):
-    pages = score_heads.Rendered(("form", "sign"), 0, (64, 48), 5)
-    sets = score_heads.Sets(pages, 2)
+    pages = sources.Rendered(("form", "sign"), 0, (64, 48), 5)
+    sets = sources.Sets(pages, 2)
     assert len(sets) == 3 and len(sets[2][0]) == 1
     images, words, text = sets[1]
     assert list(words) == [pages[2][1], pages[3][1]] and [i.size for i in images] == [(64, 48)] * 2

@@ -49,8 +49,9 @@ from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
 from experiments.report import (claim, interval, negative, positive, results_page, table,
                                 write_readme)
+from experiments.sources import Rendered
 from model_llava import DTYPES, load
-from score_heads import MATCHES, Rendered, score_transcript, write_json
+from score_heads import MATCHES, score_transcript, write_json
 from sparsemm import generate
 
 HERE = Path(__file__).resolve().parent

@@ -1,9 +1,33 @@
-"""Annotated pages from a file, for score_heads.py --data."""
+"""The pages that score_heads.py scores: from a file, drawn here, several to a prompt."""
 
 import json
+import random
+from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.pages import render_page
 from sparsemm import open_image
+
+
+@dataclass
+class Rendered:
+    """Pages drawn here, after the idea of SynthDoG (arXiv 2111.15664): text of several sizes and
+    colours, on even grounds and others. Page i is the same on every machine."""
+    kinds: tuple
+    seed: int
+    size: tuple                 # (width, height) in pixels
+    num: int
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, i):
+        """(PIL image, [(text, box), ...], transcript) of page i."""
+        rng = random.Random(f"score heads {self.seed} {i}")
+        kind, largest = self.kinds[i % len(self.kinds)], max(16, self.size[1] // 24)
+        page = render_page(rng, kind, *self.size, sizes=(13, largest), wear=0.3)
+        words = [(word.text, word.box) for line in page.lines for word in line]
+        return page.image, words, page.text
 
 
 class Annotated:
@@ -39,3 +63,21 @@ class Annotated:
             reason = str(error).removeprefix("--image ")
             raise ValueError(f"entry {name}: {type(error).__name__} {reason}") from None
         return image, words, " ".join(text for text, _ in words)
+
+
+@dataclass
+class Sets:
+    """Pages that follow one another, `size` at a time: the images of one prompt, which are counted
+    as one page from here on."""
+    pages: object
+    size: int
+
+    def __len__(self):
+        return -(-len(self.pages) // self.size)
+
+    def __getitem__(self, i):
+        """(images, the words of each, transcript) of prompt i."""
+        first = i * self.size
+        images, words, texts = zip(*(self.pages[j] for j in range(
+            first, min(first + self.size, len(self.pages)))))
+        return images, words, "\n".join(texts)
