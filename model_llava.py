@@ -366,6 +366,12 @@ class VisionLanguageModel(nn.Module):
         positions = torch.as_tensor(position, device=device).expand(3, 1)
         return self.logits(self.decoder(x, positions, cache)[0])
 
+    def check_length(self, T, new):
+        """Raises ValueError if T tokens of a prompt and `new` ones are more than attention spans."""
+        if T + new > self.config.max_tokens:
+            raise ValueError(f"prompt of {T} tokens and {new} new ones exceed the sliding window of "
+                             f"{self.config.max_tokens}, which is not built here")
+
     def positions(self, T, images, starts):
         """Positions (3, T): text counts up by one on all axes; an image takes its `span`, and the
         text after it goes on from there."""

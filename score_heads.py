@@ -18,7 +18,7 @@ A head scores a hit when the arg-max of its attention row, over all keys, falls 
 at y_{i-1}. Given the transcript (teacher forcing), one forward pass over prompt and transcript has
 every row that is needed, and no other row is ever computed. The transcript is the model's own, or
 with --transcript truth what the page says; what the page says also makes it quick to find out what
-the model writes (own_transcript).
+the model writes (`write`).
 
 NOTE(paper): its figure can be read as the row of y_i's own query; the authors' code agrees with us.
 NOTE(official): there, every token of the transcript takes a forward pass of its own.
@@ -31,6 +31,7 @@ the transcript.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,34 +51,64 @@ from model_llava import GRID, load, prepare
 from sparsemm import SCORES_FILE
 
 OCR_PROMPT = "Provide all the OCR results of this image."
+LIMIT = 1024                    # so many tokens does a model write at most
 
 
 # ---- one transcript ------------------------------------------------------------------------------
 
-class PeakReader:
-    """Stands where a cache would, and of each layer that passes by keeps where the last `rows`
-    queries of every head look most."""
+class Reading:
+    """A KV cache of everything, which stands where a cache.KVCache would and also keeps the queries
+    from position `first` on. It takes several tokens at a time, `room` in all, and forgets those
+    that are cut off again."""
 
-    def __init__(self, rows):
-        self.rows, self.layers = rows, []                       # layers: for each (H, rows) int64
+    by_head = False
+
+    def __init__(self, first, room=0):
+        self.first, self.room, self.length = first, room, 0
+        self.layers = []             # of each q (H, T - first, D) and k, v (G, T, D), after RoPE
 
     def __len__(self):
         return len(self.layers)
 
     def compress(self, layer, q, k, v):
-        """q: (H, T, D), k: (G, T, D), after RoPE. (The softmax does not move a maximum.)"""
-        (H, T, _), G = q.shape, k.shape[0]
-        future = torch.ones(self.rows, self.rows, dtype=torch.bool, device=q.device).triu(1)
-        peaks = []
-        for h in range(H):
-            logits = q[h, -self.rows:].float() @ k[h * G // H].float().T               # (rows, T)
-            logits[:, T - self.rows:].masked_fill_(future, -torch.inf)
-            peaks.append(argmax(logits))
-        self.layers.append(torch.stack(peaks))
+        self.length = k.shape[1]
+        self.layers.append([F.pad(x, (0, 0, 0, self.room)) for x in (q[:, self.first:], k, v)])
+
+    def append(self, layer, k, v):
+        new = slice(self.length, self.length + k.shape[1])
+        self.layers[layer][1][:, new], self.layers[layer][2][:, new] = k, v
+
+    def attend(self, layer, q):
+        """q: (H, n, D), of the last n tokens. Returns (H, n, D)."""
+        (H, n, D), (queries, k, v), T = q.shape, self.layers[layer], self.length + q.shape[1]
+        queries[:, self.length - self.first:T - self.first] = q
+        p = (attention_logits(q, k[:, :T]) / math.sqrt(D)).softmax(-1).to(v.dtype)      # (H, n, T)
+        return (p.view(len(v), -1, T) @ v[:, :T]).view(H, n, D)
+
+    def cut(self, T):
+        """Leaves the first T tokens."""
+        self.length = T
+
+    def peaks(self):
+        """Where every head looks most from each position on from `first`: (L, H, T - first) int64,
+        on the CPU. (The softmax does not move a maximum.)"""
+        T = self.length
+        return torch.stack([argmax(attention_logits(q[:, :T - self.first], k[:, :T])).cpu()
+                            for q, k, _ in self.layers])
+
+
+def attention_logits(q, k):
+    """Of the last n queries, causal, not divided by sqrt(D). q: (H, n, D), k: (G, T, D). Returns
+    (H, n, T) float32."""
+    (H, n, D), (G, T, _) = q.shape, k.shape
+    logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)                # (G, H/G*n, T)
+    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    logits.view(H, n, T)[:, :, T - n:].masked_fill_(future, -torch.inf)
+    return logits.view(H, n, T)
 
 
 def argmax(x):
-    """x: (rows, n) -> (rows,). On a CPU numpy's takes a fifteenth of the time that torch's does."""
+    """x: (..., n) -> (...). On a CPU numpy's takes a fifteenth of the time that torch's does."""
     return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
 
 
@@ -119,17 +150,22 @@ def tokens_in_box(image, box):
 
 
 @torch.inference_mode()
-def score_transcript(model, images, words, ids, match="aligned", prompt=OCR_PROMPT):
+def score_transcript(model, images, words, ids, match="aligned", question=OCR_PROMPT, own=False):
     """The visual scores of all heads on one transcript, of a page or of several.
 
     images: PIL images; words: for each of them [(text, box), ...] in reading order; ids: the
-    transcript's tokens (n,); match: which tokens count; prompt: what the transcript is the answer
-    to. Returns scores (L, H) float64, the number of tokens that counted, and the number of hits.
+    transcript's tokens (n,); match: which tokens count; question: what the transcript is the answer
+    to; own: score what the model itself would write, for which ids are but a draft. Returns scores
+    (L, H) float64, the number of tokens that counted, and the number of hits.
     """
-    prompt, tokenizer = prepare(model, images, prompt), model.processor.tokenizer
-    reader = PeakReader(len(ids) + 1)                    # rows P-1 ... P-1+n; row P-1+i emits y_i
-    model.hidden_states(prompt.extended(ids), reader)
-    peaks = torch.stack(reader.layers).cpu()                                         # (L, H, n + 1)
+    prompt, tokenizer = prepare(model, images, question), model.processor.tokenizer
+    model.check_length(len(prompt.ids), LIMIT if own else len(ids))
+    reading = Reading(first=len(prompt.ids) - 1, room=LIMIT if own else 0)   # P-1+i emits y_i
+    if own:
+        ids = write(model, prompt, reading, draft=ids)
+    else:
+        model.hidden_states(prompt.extended(ids), reading)
+    peaks = reading.peaks()                                            # (L, H, n or a little more)
     regions = [tokens_in_box(image, box) + start for image, start, page
                in zip(prompt.images, prompt.starts, words) for _, box in page]
     pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
@@ -145,34 +181,30 @@ def score_transcript(model, images, words, ids, match="aligned", prompt=OCR_PROM
 
 # ---- the model's own transcript ------------------------------------------------------------------
 
-class FullCache:
-    """A KV cache of everything, to which several tokens are appended at once, and from which those
-    that were guessed wrong are cut off. It stands where a cache.KVCache would."""
+@torch.inference_mode()
+def write(model, prompt, reading, draft, limit=LIMIT):
+    """What the model itself writes, greedily, `limit` tokens at most: token ids (n,), without the
+    end token. The Reading holds all of it.
 
-    by_head = False
-
-    def __init__(self):
-        self.layers = []                                                # for each (k, v), (G, T, D)
-
-    def __len__(self):
-        return len(self.layers)
-
-    def compress(self, layer, q, k, v):
-        self.layers.append((k, v))
-
-    def append(self, layer, k, v):
-        self.layers[layer] = tuple(torch.cat(pair, 1) for pair in zip(self.layers[layer], (k, v)))
-
-    def attend(self, layer, q):
-        """q: (H, n, D), of the last n tokens. Returns (H, n, D)."""
-        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in self.layers[layer])  # (H, T, D)
-        n, T = q.shape[1], k.shape[1]
-        seen = torch.ones(n, T, dtype=torch.bool, device=q.device).tril(T - n)
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen)[0]
-
-    def cut(self, T):
-        """Leaves the first T tokens."""
-        self.layers = [(k[:, :T], v[:, :T]) for k, v in self.layers]
+    The draft, token ids (any), is that of speculative decoding (arXiv 2211.17192): a forward pass
+    reads a piece of it after what is written so far, and as much of the piece is accepted as the
+    model would have written. So the result is that of decoding token by token, but a model that
+    reads well needs few passes. The next piece is twice as long as what was accepted of the last.
+    """
+    T, ends, written, guess = len(prompt.ids), model.processor.end_tokens, [], draft[:32]
+    hidden = model.hidden_states(prompt.extended(guess), reading)
+    while True:
+        chosen = model.logits(hidden[-1 - len(guess):]).argmax(-1).tolist()
+        right = next((i for i, token in enumerate(guess) if token != chosen[i]), len(guess))
+        written += chosen[:right + 1]
+        read = T + len(written) - 1                                    # all but the last of them
+        reading.cut(read)
+        if written[-1] in ends or len(written) >= limit:
+            return [token for token in written[:limit] if token not in ends]
+        guess = continuation(draft, written)[:min(max(8, 2 * right), limit - len(written))]
+        text = prompt.extended(written + guess)
+        x = model.decoder.embed_tokens(text.ids[read:])
+        hidden = model.decoder(x, text.positions[:, read:], reading)
 
 
 def continuation(draft, written, n=3):
@@ -185,38 +217,6 @@ def continuation(draft, written, n=3):
         if ends:
             return draft[min(ends, key=lambda i: abs(i - len(written))):]
     return draft[len(written):]
-
-
-@torch.inference_mode()
-def own_transcript(model, images, draft, guess_length=32, max_new_tokens=1024):
-    """What the model itself writes, greedily: token ids (n,), without the end token.
-
-    The page's text serves as the draft of speculative decoding (arXiv 2211.17192): a forward pass
-    reads a piece of it after what is written so far, and as much of the piece is accepted as the
-    model would have written. So the result is that of decoding token by token, but a model that
-    reads well needs few passes. draft: token ids (any).
-    """
-    prompt, ends, written = prepare(model, images, OCR_PROMPT), model.processor.end_tokens, []
-    T, cache, guess = len(prompt.ids), FullCache(), draft[:guess_length]
-    hidden = model.hidden_states(prompt.extended(guess), cache)
-    while True:
-        chosen = model.logits(hidden[-1 - len(guess):]).argmax(-1).tolist()
-        right = next((i for i, token in enumerate(guess) if token != chosen[i]), len(guess))
-        written += chosen[:right + 1]
-        if written[-1] in ends or len(written) >= max_new_tokens:
-            return [token for token in written[:max_new_tokens] if token not in ends]
-        cache.cut(T + len(written) - 1)                                   # the last one is not read
-        guess = continuation(draft, written)[:guess_length]
-        text = prompt.extended(written + guess)
-        new = slice(T + len(written) - 1, None)
-        hidden = model.decoder(model.decoder.embed_tokens(text.ids[new]), text.positions[:, new],
-                               cache)
-
-
-def transcribe(model, images, text, whose):
-    """The tokens (n,) of a transcript: those of `text`, or what the model writes itself."""
-    ids = model.processor.tokenizer(text, add_special_tokens=False).input_ids
-    return ids if whose == "truth" else own_transcript(model, images, ids)
 
 
 # ---- many pages ----------------------------------------------------------------------------------
@@ -258,8 +258,9 @@ def score_pages(model, pages, progress, done, rank, ranks, match, whose, every=1
         except ValueError as error:
             errors[i] = str(error)
             continue
-        ids = transcribe(model, images, text, whose)
-        scores, tokens, hits = score_transcript(model, images, words, ids, match)
+        ids = model.processor.tokenizer(text, add_special_tokens=False).input_ids
+        scores, tokens, hits = score_transcript(model, images, words, ids, match,
+                                                own=whose == "model")
         progress.pages[str(i)] = dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits)
         if count % every == 0 or count == len(mine):
             progress.save()

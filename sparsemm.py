@@ -88,9 +88,7 @@ class Conversation:
         model, c = self.model, self.model.config
         new = self.read(question)
         T = len(self.inputs.ids)
-        if T + self.max_new_tokens > c.max_tokens:
-            raise ValueError(f"prompt of {T} tokens and {self.max_new_tokens} new ones exceed the "
-                             f"sliding window of {c.max_tokens}, which is not built here")
+        model.check_length(T, self.max_new_tokens)
         start = clock(model)
         logits = self.prefill() if self.cache is None or self.fresh else self.append(new)
         tokens = [logits.argmax().item()]

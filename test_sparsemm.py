@@ -1023,16 +1023,15 @@ def plant(monkeypatch, model, planted, targets, elsewhere):
 
     def hidden_states(prompt, reader):
         T = len(prompt.ids)
-        first = T - reader.rows
         k = torch.eye(T).expand(c.kv_heads, T, T)
         for layer in range(c.layers):
             q = torch.zeros(c.heads, T, T)
             q[:, :, elsewhere] = 1
             for i, target in enumerate(targets):
                 if planted[0] == layer:
-                    q[planted[1], first + i] = 0
-                    q[planted[1], first + i, target] = 1
-            reader.compress(layer, q, k, None)
+                    q[planted[1], reader.first + i] = 0
+                    q[planted[1], reader.first + i, target] = 1
+            reader.compress(layer, q, k, k)
 
     monkeypatch.setattr(model, "hidden_states", hidden_states)
 
@@ -1105,43 +1104,62 @@ def test_tokens_in_box_equal_pixel_counting(checkpoints, name):
         assert seen <= found and found - seen == sliver
 
 
+def full_transcript(ours, images, limit):
+    """Prompt, and the tokens that decoding one by one with a full cache writes, end token left out;
+    and whether it came."""
+    ids = sparsemm.generate(ours, images, score_heads.OCR_PROMPT, "full",
+                            max_new_tokens=limit)["token_ids"]
+    plain = [token for token in ids if token not in ours.processor.end_tokens]
+    return model_llava.prepare(ours, images, score_heads.OCR_PROMPT), plain, len(plain) < len(ids)
+
+
 def test_one_pass_equals_step_by_step(checkpoints):
     """The hits of one pass over a transcript are those seen while it is decoded token by token."""
     ours = checkpoints["mistral"][2]
-    c, image = ours.config, picture(70, 50)
-    ids = score_heads.transcribe(ours, [image], "", "model")[:20]
-    prompt = model_llava.prepare(ours, [image], score_heads.OCR_PROMPT)
-    reader = score_heads.PeakReader(len(ids) + 1)
+    prompt, ids, _ = full_transcript(ours, [picture(70, 50)], 20)
+    first = len(prompt.ids) - 1
+    reading = score_heads.Reading(first)
     with torch.inference_mode():
-        ours.hidden_states(prompt.extended(ids), reader)
+        ours.hidden_states(prompt.extended(ids), reading)
         for i in range(len(ids) + 1):
-            step = score_heads.PeakReader(1)
+            step = score_heads.Reading(first + i)
             ours.hidden_states(prompt.extended(ids[:i]), step)
-            for layer in range(c.layers):
-                assert torch.equal(step.layers[layer][:, 0], reader.layers[layer][:, i])
+            assert torch.equal(step.peaks()[:, :, 0], reading.peaks()[:, :, i])
 
 
 @pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
 def test_a_draft_changes_nothing_but_the_number_of_passes(checkpoints, name, monkeypatch):
-    """The model's own transcript is what decoding token by token gives, whatever the draft says; if
-    it says the same, every pass but the last accepts all of its guess and a token more."""
-    ours, images = checkpoints[name][2], [picture(70, 50), picture(40, 90)]
-    rng = random.Random(0)
-    written = sparsemm.generate(ours, images, score_heads.OCR_PROMPT, "full",
-                                max_new_tokens=40)["token_ids"]
-    plain = [token for token in written if token not in ours.processor.end_tokens]
+    """What the model writes by itself is what decoding token by token gives, whatever the draft
+    says, and so is what it looks at; a draft that says the same is accepted whole."""
+    ours, images, limit = checkpoints[name][2], [picture(70, 50), picture(40, 90)], 100
+    prompt, plain, ended = full_transcript(ours, images, limit)
+    first, rng = len(prompt.ids) - 1, random.Random(0)
+    whole = score_heads.Reading(first)
+    with torch.inference_mode():
+        ours.hidden_states(prompt.extended(plain), whole)
     wrong = [token if rng.random() < 0.7 else rng.randrange(ours.config.vocabulary)
              for token in plain]
     missing = [token for token in plain if rng.random() < 0.7]
-    passes, cut = [], score_heads.FullCache.cut
-    monkeypatch.setattr(score_heads.FullCache, "cut",
-                        lambda self, T: (passes.append(T), cut(self, T)))
+    passes, cut = [], score_heads.Reading.cut
+    monkeypatch.setattr(score_heads.Reading, "cut", lambda *args: (passes.append(1), cut(*args)))
     for draft in ([], plain, wrong, missing, plain[20:], plain * 2, [5] * 100):
-        for guess_length in (1, 7, 32):
-            passes.clear()
-            assert plain == score_heads.own_transcript(ours, images, draft, guess_length, 40)
-            if draft == plain:
-                assert len(passes) + 1 == math.ceil(len(written) / (guess_length + 1))
+        passes.clear()
+        reading = score_heads.Reading(first, limit)
+        assert plain == score_heads.write(ours, prompt, reading, draft, limit)
+        n = len(plain)
+        assert torch.equal(reading.peaks()[:, :, :n], whole.peaks()[:, :, :n])
+        if draft == plain:                                  # guesses of 32, 64 and 4 tokens, say
+            assert len(passes) == 1 + (n + ended > 33) + (n + ended > 33 + 65)
+
+
+def test_a_transcript_must_fit_the_sliding_window(checkpoints, monkeypatch):
+    ours, image = checkpoints["mistral"][2], picture(70, 50)
+    T = len(model_llava.prepare(ours, [image], score_heads.OCR_PROMPT).ids)
+    monkeypatch.setattr(ours, "config", replace(ours.config, max_tokens=T + 3))
+    score_heads.score_transcript(ours, [image], [[]], [1, 2, 3])
+    for ids, own in (([1, 2, 3, 4], False), ([], True)):
+        with pytest.raises(ValueError, match="sliding window"):
+            score_heads.score_transcript(ours, [image], [[]], ids, own=own)
 
 
 def test_a_draft_goes_on_behind_what_was_written_last():
@@ -1166,11 +1184,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp
     whole = score(folder, tmp_path / "whole.json", "--num", 25)
     real, calls = score_heads.score_transcript, []
 
-    def dies(*arguments):
+    def dies(*arguments, **more):
         calls.append(1)
         if len(calls) == 14:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(score_heads, "score_transcript", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,8 @@ Methods are measured in turn, round by round, in one process; times are medians 
 
 `scoring` compares score_heads.py with the procedure of the authors' code, in transformers: eager
 attention that returns its maps, one forward pass for every token of the transcript. Both count the
-same hits, which is checked. The transcript is the page's text (truth) or the model's own (model).
+same hits, which is checked. The pages are those that score_heads.py renders. The transcript is the
+page's text (truth) or the model's own (model).
 
 Results go to --out as JSON, and as Markdown beside it.
 """
@@ -28,7 +29,6 @@ Results go to --out as JSON, and as Markdown beside it.
 import argparse
 import math
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -47,10 +47,10 @@ sys.path.insert(0, str(ROOT))
 from cache import KVCache, make_method
 from experiments.arguments import DEFAULT_MODEL
 from experiments.draw import top_share
-from experiments.pages import render_page
+from experiments.pages import KINDS
+from experiments.sources import Rendered
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
-from score_heads import (OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, transcribe,
-                         write_json)
+from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, write_json
 from sparsemm import DecodingStep, clock
 
 
@@ -285,44 +285,45 @@ def score_step_by_step(reference, ours, image, words, ids=None):
 
 
 def bench_scoring(folder, num, seed):
-    """Seconds a page of both procedures with both transcripts, on receipts of 256 x 384."""
+    """Pages a second of both procedures with both transcripts, on the pages that score_heads.py
+    renders by itself."""
     ours = load(folder, "cpu", "float32")
     kind = (transformers.Qwen2VLForConditionalGeneration if ours.config.family == "qwen2_vl"
             else transformers.LlavaNextForConditionalGeneration)
     reference = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    tokenizer, seconds = ours.processor.tokenizer, {}
-    tokens = 0
+    pages = Rendered(KINDS, seed, (256, 384), num + 1)
+    taken, tokens = {}, dict(truth=0, model=0)
     for i in tqdm(range(num + 1), desc=Path(folder).name):
-        page = render_page(random.Random(f"bench {seed} {i}"), "receipt", 256, 384)
-        words = [(word.text, word.box) for line in page.lines for word in line]
-        for whose in ("truth", "model"):
+        image, words, text = pages[i]
+        ids = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
+        for whose in tokens:
             start = time.perf_counter()
-            ids = transcribe(ours, [page.image], page.text, whose)
-            scores, *_ = score_transcript(ours, [page.image], [words], ids)
+            scores, *_ = score_transcript(ours, [image], [words], ids, own=whose == "model")
             middle = time.perf_counter()
-            truth = tokenizer(page.text, add_special_tokens=False).input_ids
-            expected, written = score_step_by_step(reference, ours, page.image, words,
-                                                   truth if whose == "truth" else None)
+            expected, written = score_step_by_step(reference, ours, image, words,
+                                                   ids if whose == "truth" else None)
             end = time.perf_counter()
-            assert written == ids and torch.allclose(scores, expected), (i, whose)
+            differ = (scores - expected).abs().sum() / expected.sum()   # two keys may tie but for
+            assert differ < 0.001, (i, whose, differ)                                 # rounding
             if i > 0:                                                       # the first one warms up
-                tokens += len(ids)
-                for side, taken in (("ours", middle - start), ("step by step", end - middle)):
-                    seconds.setdefault((whose, side), []).append(taken)
-    medians = {key: statistics.median(taken) for key, taken in seconds.items()}
-    rows = [dict(transcript=whose, images_per_second=1 / medians[whose, "ours"],
-                 step_by_step_images_per_second=1 / medians[whose, "step by step"],
-                 times_faster=medians[whose, "step by step"] / medians[whose, "ours"])
-            for whose in ("truth", "model")]
-    return dict(model=Path(folder).name, pages=num, tokens=tokens / (2 * num), rows=rows)
+                tokens[whose] += len(written)
+                for side, seconds in (("ours", middle - start), ("step by step", end - middle)):
+                    taken.setdefault((whose, side), []).append(seconds)
+    total = {key: sum(seconds) for key, seconds in taken.items()}
+    rows = [dict(transcript=whose, tokens=tokens[whose] / num,
+                 images_per_second=num / total[whose, "ours"],
+                 step_by_step_images_per_second=num / total[whose, "step by step"],
+                 times_faster=total[whose, "step by step"] / total[whose, "ours"])
+            for whose in tokens]
+    return dict(model=Path(folder).name, pages=num, rows=rows)
 
 
 def scoring_table(results):
-    lines = ["| model | transcript | score_heads.py, images/s | step by step, images/s | ratio |",
-             "|---|---|---|---|---|"]
+    lines = ["| model | transcript | tokens a page | score_heads.py, images/s "
+             "| step by step, images/s | ratio |", "|---|---|---|---|---|---|"]
     for result in results:
         for row in result["rows"]:
-            lines.append(f"| {result['model']} | {row['transcript']} "
+            lines.append(f"| {result['model']} | {row['transcript']} | {row['tokens']:.0f} "
                          f"| {row['images_per_second']:.2f} "
                          f"| {row['step_by_step_images_per_second']:.2f} "
                          f"| {row['times_faster']:.1f} |")

@@ -223,7 +223,7 @@ class Run:
             image, objects, text = detection_page(self.seed, i, self.sizes[-1])
             ids = self.model.processor.tokenizer(text, add_special_tokens=False).input_ids
             return score_transcript(self.model, [image], [objects], ids,
-                                    prompt=prompt(None, "shapes", ""))
+                                    question=prompt(None, "shapes", ""))
         return self.score("shapes", num, work)
 
     def reading_size(self):
@@ -657,7 +657,7 @@ def parse_arguments(argv):
     parser.add_argument("--model", nargs="+", metavar="DIR",
                         help="checkpoints' folders or hub ids (default: the ones in tiny/)")
     parser.add_argument("--quick", action="store_true",
-                        help="40 pages, and 100 for the scores, instead of 200 and 1,000")
+                        help="40 pages, and 100 for the scores, instead of 128 and 1,000")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="default: experiments/results, or experiments/work/quick if --quick")
     parser.add_argument("--pages", type=whole_number(1), metavar="N", help="of each task and size")
@@ -672,7 +672,7 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=whole_number(0), default=0)
     args = parser.parse_args(argv)
     args.out = args.out or HERE / ("work/quick" if args.quick else "results")
-    args.pages = args.pages or (40 if args.quick else 200)
+    args.pages = args.pages or (40 if args.quick else 128)
     args.scoring_pages = args.scoring_pages or (100 if args.quick else 1000)
     args.sizes = sorted(set(args.sizes), key=lambda size: size[0] * size[1])
     args.model = args.model or [str(path) for path in SMALL_MODELS if path.is_dir()]
