@@ -165,18 +165,18 @@ def score_transcript(model, images, words, ids, match="aligned", question=OCR_PR
         ids = write(model, prompt, reading, draft=ids)
     else:
         model.hidden_states(prompt.extended(ids), reading)
-    peaks = reading.peaks()                                            # (L, H, n or a little more)
-    regions = [tokens_in_box(image, box) + start for image, start, page
-               in zip(prompt.images, prompt.starts, words) for _, box in page]
-    pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
-    scores, counted, hits = torch.zeros(peaks.shape[:2], dtype=torch.float64), 0, 0
     texts = [text for page in words for text, _ in page]
-    for i, word in enumerate(MATCHES[match](pieces, texts)):
-        if word is not None and len(regions[word]) > 0:
-            hit = torch.isin(peaks[:, :, i], regions[word])                                 # (L, H)
-            scores += hit / len(regions[word])
-            counted, hits = counted + 1, hits + int(hit.sum())
-    return scores, counted, hits
+    boxes = [(image, start, box) for image, start, page in zip(prompt.images, prompt.starts, words)
+             for _, box in page]
+    shown = torch.zeros(len(boxes), reading.length, dtype=torch.bool)     # word j by position t?
+    for j, (image, start, box) in enumerate(boxes):
+        shown[j, tokens_in_box(image, box) + start] = True
+    piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in set(ids)}
+    owners = MATCHES[match]([piece[i] for i in ids], texts)
+    counted = [i for i, word in enumerate(owners) if word is not None and shown[word].any()]
+    regions = shown[[owners[i] for i in counted]]                                           # (m, T)
+    hits = regions[torch.arange(len(counted)), reading.peaks()[:, :, counted]]           # (L, H, m)
+    return (hits.double() / regions.sum(1)).sum(-1), len(counted), int(hits.sum())
 
 
 # ---- the model's own transcript ------------------------------------------------------------------
@@ -188,8 +188,9 @@ def write(model, prompt, reading, draft, limit=LIMIT):
 
     The draft, token ids (any), is that of speculative decoding (arXiv 2211.17192): a forward pass
     reads a piece of it after what is written so far, and as much of the piece is accepted as the
-    model would have written. So the result is that of decoding token by token, but a model that
-    reads well needs few passes. The next piece is twice as long as what was accepted of the last.
+    model would have written. So the result is, up to rounding, that of decoding token by token, but
+    a model that reads well needs few passes. The next piece is twice as long as what was accepted
+    of the last.
     """
     T, ends, written, guess = len(prompt.ids), model.processor.end_tokens, [], draft[:32]
     hidden = model.hidden_states(prompt.extended(guess), reading)
