@@ -21,15 +21,13 @@ import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cache import (METHODS, NEEDS_SCORES, KVCache, fastv_length, fastv_survivors, make_method,
                    read_head_scores)
-from experiments.arguments import (OneLineParser, add_model_arguments, output_file, share,
-                                   whole_number)
+from experiments.arguments import (OneLineParser, add_model_arguments, open_image, output_file,
+                                   share, whole_number)
 from model_llava import load, prepare
 
 SCORES_FILE = "visual_head_scores.json"
@@ -221,26 +219,6 @@ class Streamer:
 
 
 # ---- reading what the user gave ------------------------------------------------------------------
-
-def open_image(path):
-    """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
-    if not Path(path).exists():
-        raise ValueError(f"--image {path}: no such file")
-    if not Path(path).is_file():
-        raise ValueError(f"--image {path}: not a file; a picture (PNG, JPEG, ...) is right")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"--image {path}: too large; at most {Image.MAX_IMAGE_PIXELS:,} pixels "
-                         "are right") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"--image {path}: not a picture that Pillow can read") from None
-    except Exception as error:           # Pillow's decoders raise what they please at damaged files
-        raise ValueError(f"--image {path}: damaged ({error})") from None
-
 
 def find_scores(model, path):
     """The visual scores (L, H): from the file at path, or if None from the model's folder. None if

@@ -43,7 +43,7 @@ import sparsemm
 from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
                    observation_scores, select_entries)
 from experiments import draw, evaluate, metrics, miniatures, sources
-from experiments.arguments import DEFAULT_MODEL, as_typed
+from experiments.arguments import DEFAULT_MODEL, as_typed, open_image
 from experiments.report import show
 
 logging.set_verbosity_error()
@@ -1410,7 +1410,7 @@ def _replayed(rng, stage):
 @pytest.mark.parametrize("name", TINY)
 def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, name, sample):
     model = tiny[name]
-    image = sparsemm.open_image(HERE / "tiny" / sample["image"])
+    image = open_image(HERE / "tiny" / sample["image"])
     result = sparsemm.generate(model, [image], sample["prompt"],
                                scores=sparsemm.find_scores(model, None))
     c = model.config
@@ -1450,7 +1450,7 @@ def test_shipped_model_writes_what_transformers_writes(tiny, name):
             else Qwen2VLForConditionalGeneration)
     reference = made.from_pretrained(folder, dtype=torch.float32)
     for sample in SAMPLES[:2]:
-        image = sparsemm.open_image(HERE / "tiny" / sample["image"])
+        image = open_image(HERE / "tiny" / sample["image"])
         prompt = model_llava.prepare(ours, [image], sample["prompt"])
         with torch.inference_mode():
             logits = ours.logits(ours.hidden_states(prompt))
@@ -1850,7 +1850,7 @@ def test_right_answers_get_the_highest_score(tiny, monkeypatch, capfd, tmp_path,
     def knows(model, images, prompt, method, budget, **more):
         answers = evaluate.read_example(task, rows[len(asked)], len(asked), data.parent).answers
         assert images[0].tobytes() == \
-            sparsemm.open_image(data.parent / rows[len(asked)]["image"]).tobytes()
+            open_image(data.parent / rows[len(asked)]["image"]).tobytes()
         asked.append((prompt, more["max_new_tokens"]))
         return dict(text=max(answers, key=answers.count), kept=[[3, 4], [5, 6]], prompt_tokens=9)
 
@@ -1936,7 +1936,7 @@ def test_an_evaluation_is_resumed_after_a_kill(checkpoints, monkeypatch, capfd, 
     assert len(calls) == 6 + 4                                        # 9 runs, 5 of which were done
     assert contents(cut) == contents(tmp_path / "whole")
     line = json.loads(contents(cut)[0].splitlines()[0])
-    picture_0 = sparsemm.open_image(tmp_path / "0.png")
+    picture_0 = open_image(tmp_path / "0.png")
     expected = real(ours, [picture_0], f"What 0?{ASKED['vqav2'][1]}", "full", max_new_tokens=16)
     assert (line["prediction"], line["kept_entries"]) == \
         (expected["text"], sum(map(sum, expected["kept"])))

@@ -1,11 +1,13 @@
-"""Command-line arguments that several scripts have in common, and the checks behind them."""
+"""What several scripts take from the command line, and the checks behind it."""
 
 import argparse
 import math
 import os
+import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model_llava import DTYPES
 
@@ -64,6 +66,26 @@ def output_file(text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written; a file in a folder that "
                                          "exists is right")
     return path
+
+
+def open_image(path):
+    """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
+    if not Path(path).exists():
+        raise ValueError(f"--image {path}: no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"--image {path}: not a file; a picture (PNG, JPEG, ...) is right")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"--image {path}: too large; at most {Image.MAX_IMAGE_PIXELS:,} pixels "
+                         "are right") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"--image {path}: not a picture that Pillow can read") from None
+    except Exception as error:           # Pillow's decoders raise what they please at damaged files
+        raise ValueError(f"--image {path}: damaged ({error})") from None
 
 
 def add_model_arguments(parser):

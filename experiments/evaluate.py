@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS, NEEDS_SCORES
-from experiments.arguments import OneLineParser, add_model_arguments, share, whole_number
+from experiments.arguments import (OneLineParser, add_model_arguments, open_image, share,
+                                   whole_number)
 from experiments.metrics import (anls, choose, cider, circular, contains, relaxed_match,
                                  vqa_accuracy)
 from experiments.miniatures import make_miniatures
 from model_llava import load
 from score_heads import write_json
-from sparsemm import SCORES_FILE, find_scores, generate, open_image
+from sparsemm import SCORES_FILE, find_scores, generate
 
 
 # ---- the seven benchmarks ------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.arguments import open_image
 from experiments.pages import render_page
-from sparsemm import open_image
 
 
 @dataclass
