@@ -367,10 +367,10 @@ class VisionLanguageModel(nn.Module):
         return self.logits(self.decoder(x, positions, cache)[0])
 
     def check_length(self, T, new):
-        """Raises ValueError if T tokens of a prompt and `new` ones are more than attention spans."""
+        """Raises ValueError if a prompt's T tokens and `new` ones are more than attention spans."""
         if T + new > self.config.max_tokens:
-            raise ValueError(f"prompt of {T} tokens and {new} new ones exceed the sliding window of "
-                             f"{self.config.max_tokens}, which is not built here")
+            raise ValueError(f"prompt of {T} tokens and {new} new ones exceed the sliding window "
+                             f"of {self.config.max_tokens}, which is not built here")
 
     def positions(self, T, images, starts):
         """Positions (3, T): text counts up by one on all axes; an image takes its `span`, and the

@@ -20,8 +20,7 @@ Methods are measured in turn, round by round, in one process; times are medians 
 
 `scoring` compares score_heads.py with the procedure of the authors' code, in transformers: eager
 attention that returns its maps, one forward pass for every token of the transcript. Both count the
-same hits, which is checked. The pages are those that score_heads.py renders. The transcript is the
-page's text (truth) or the model's own (model).
+same hits, which is checked. The transcript is the page's text (truth) or the model's own (model).
 
 Results go to --out as JSON, and as Markdown beside it.
 """
@@ -285,45 +284,47 @@ def score_step_by_step(reference, ours, image, words, ids=None):
 
 
 def bench_scoring(folder, num, seed):
-    """Pages a second of both procedures with both transcripts, on the pages that score_heads.py
-    renders by itself."""
+    """Pages a second of both procedures with both transcripts: on the pages that score_heads.py
+    renders by itself, and on letters, which are as full of text as SynthDoG's pages."""
     ours = load(folder, "cpu", "float32")
     kind = (transformers.Qwen2VLForConditionalGeneration if ours.config.family == "qwen2_vl"
             else transformers.LlavaNextForConditionalGeneration)
     reference = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    pages = Rendered(KINDS, seed, (256, 384), num + 1)
-    taken, tokens = {}, dict(truth=0, model=0)
-    for i in tqdm(range(num + 1), desc=Path(folder).name):
-        image, words, text = pages[i]
-        ids = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
-        for whose in tokens:
-            start = time.perf_counter()
-            scores, *_ = score_transcript(ours, [image], [words], ids, own=whose == "model")
-            middle = time.perf_counter()
-            expected, written = score_step_by_step(reference, ours, image, words,
-                                                   ids if whose == "truth" else None)
-            end = time.perf_counter()
-            differ = (scores - expected).abs().sum() / expected.sum()   # two keys may tie but for
-            assert differ < 0.001, (i, whose, differ)                                 # rounding
-            if i > 0:                                                       # the first one warms up
-                tokens[whose] += len(written)
-                for side, seconds in (("ours", middle - start), ("step by step", end - middle)):
-                    taken.setdefault((whose, side), []).append(seconds)
-    total = {key: sum(seconds) for key, seconds in taken.items()}
-    rows = [dict(transcript=whose, tokens=tokens[whose] / num,
-                 images_per_second=num / total[whose, "ours"],
-                 step_by_step_images_per_second=num / total[whose, "step by step"],
-                 times_faster=total[whose, "step by step"] / total[whose, "ours"])
-            for whose in tokens]
-    return dict(model=Path(folder).name, pages=num, rows=rows)
+    rows = []
+    for what, kinds in (("all kinds", KINDS), ("letters", ("letter",))):
+        pages = Rendered(kinds, seed, (256, 384), num + 1)
+        for whose in ("truth", "model"):
+            taken = [compare_scoring(ours, reference, pages[i], whose) for i in tqdm(
+                range(num + 1), desc=f"{Path(folder).name}, {what}, {whose}")]
+            tokens, fast, slow = (sum(column) for column in zip(*taken[1:]))  # the first warms up
+            rows.append(dict(pages=what, transcript=whose, tokens=tokens / num,
+                             images_per_second=num / fast, times_faster=slow / fast,
+                             step_by_step_images_per_second=num / slow))
+    return dict(model=Path(folder).name, num=num, rows=rows)
+
+
+def compare_scoring(ours, reference, page, whose):
+    """How many tokens the transcript of a page has, and the seconds that both procedures take."""
+    image, words, text = page
+    ids = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
+    start = time.perf_counter()
+    scores, *_ = score_transcript(ours, [image], [words], ids, own=whose == "model")
+    middle = time.perf_counter()
+    expected, written = score_step_by_step(reference, ours, image, words,
+                                           ids if whose == "truth" else None)
+    end = time.perf_counter()
+    differ = (scores - expected).abs().sum() / expected.sum()
+    assert differ < 0.001, differ                                # two keys may tie but for rounding
+    return len(written), middle - start, end - middle
 
 
 def scoring_table(results):
-    lines = ["| model | transcript | tokens a page | score_heads.py, images/s "
-             "| step by step, images/s | ratio |", "|---|---|---|---|---|---|"]
+    lines = ["| model | pages | transcript | tokens a page | score_heads.py, images/s "
+             "| step by step, images/s | ratio |", "|---" * 7 + "|"]
     for result in results:
         for row in result["rows"]:
-            lines.append(f"| {result['model']} | {row['transcript']} | {row['tokens']:.0f} "
+            lines.append(f"| {result['model']} | {row['pages']} | {row['transcript']} "
+                         f"| {row['tokens']:.0f} "
                          f"| {row['images_per_second']:.2f} "
                          f"| {row['step_by_step_images_per_second']:.2f} "
                          f"| {row['times_faster']:.1f} |")
