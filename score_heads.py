@@ -192,7 +192,9 @@ def write(model, prompt, reading, draft, limit=LIMIT):
     a model that reads well needs few passes. The next piece is twice as long as what was accepted
     of the last.
     """
-    T, ends, written, guess = len(prompt.ids), model.processor.end_tokens, [], draft[:32]
+    T, ends, written = len(prompt.ids), model.processor.end_tokens, []
+    draft = [token for token in draft if token not in ends]            # only the model ends it
+    guess = draft[:32]
     hidden = model.hidden_states(prompt.extended(guess), reading)
     while True:
         chosen = model.logits(hidden[-1 - len(guess):]).argmax(-1).tolist()

@@ -1142,7 +1142,8 @@ def test_a_draft_changes_nothing_but_the_number_of_passes(checkpoints, name, mon
     missing = [token for token in plain if rng.random() < 0.7]
     passes, cut = [], score_heads.Reading.cut
     monkeypatch.setattr(score_heads.Reading, "cut", lambda *args: (passes.append(1), cut(*args)))
-    for draft in ([], plain, wrong, missing, plain[20:], plain * 2, [5] * 100):
+    end = min(ours.processor.end_tokens)
+    for draft in ([], plain, wrong, missing, plain[20:], plain * 2, [5] * 100, [end, *plain, end]):
         passes.clear()
         reading = score_heads.Reading(first, limit)
         assert plain == score_heads.write(ours, prompt, reading, draft, limit)
