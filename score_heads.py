@@ -47,7 +47,7 @@ from cache import read_head_scores
 from experiments.arguments import OneLineParser, add_model_arguments, output_file, whole_number
 from experiments.pages import KINDS
 from experiments.sources import Annotated, Rendered, Sets
-from model_llava import GRID, load, prepare
+from model_llava import GRID, load, prepare, rotary_angles
 from sparsemm import SCORES_FILE
 
 OCR_PROMPT = "Provide all the OCR results of this image."
@@ -164,7 +164,7 @@ def score_transcript(model, images, words, ids, match="aligned", question=OCR_PR
     if own:
         ids = write(model, prompt, reading, draft=ids)
     else:
-        model.hidden_states(prompt.extended(ids), reading)
+        read(model, prompt.extended(ids), reading)
     texts = [text for page in words for text, _ in page]
     boxes = [(image, start, box) for image, start, page in zip(prompt.images, prompt.starts, words)
              for _, box in page]
@@ -177,6 +177,16 @@ def score_transcript(model, images, words, ids, match="aligned", question=OCR_PR
     regions = shown[[owners[i] for i in counted]]                                           # (m, T)
     hits = regions[torch.arange(len(counted)), reading.peaks()[:, :, counted]]           # (L, H, m)
     return (hits.double() / regions.sum(1)).sum(-1), len(counted), int(hits.sum())
+
+
+def read(model, prompt, reading):
+    """Prefill, without what follows the last layer's queries and keys: nothing asks for it."""
+    *layers, last = model.decoder.layers
+    x = model.embed(prompt)                                                                 # (T, E)
+    cos, sin = (angle.to(x.dtype) for angle in rotary_angles(prompt.positions, model.config))
+    for l, layer in enumerate(layers):
+        x = layer(x, cos, sin, l, reading)
+    reading.compress(len(layers), *last.self_attn.project(last.input_layernorm(x), cos, sin))
 
 
 # ---- the model's own transcript ------------------------------------------------------------------

@@ -1021,7 +1021,7 @@ def plant(monkeypatch, model, planted, targets, elsewhere):
     other heads at `elsewhere`."""
     c = model.config
 
-    def hidden_states(prompt, reader):
+    def read(model, prompt, reading):
         T = len(prompt.ids)
         k = torch.eye(T).expand(c.kv_heads, T, T)
         for layer in range(c.layers):
@@ -1029,11 +1029,11 @@ def plant(monkeypatch, model, planted, targets, elsewhere):
             q[:, :, elsewhere] = 1
             for i, target in enumerate(targets):
                 if planted[0] == layer:
-                    q[planted[1], reader.first + i] = 0
-                    q[planted[1], reader.first + i, target] = 1
-            reader.compress(layer, q, k, k)
+                    q[planted[1], reading.first + i] = 0
+                    q[planted[1], reading.first + i, target] = 1
+            reading.compress(layer, q, k, k)
 
-    monkeypatch.setattr(model, "hidden_states", hidden_states)
+    monkeypatch.setattr(score_heads, "read", read)
 
 
 @pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
@@ -2202,6 +2202,27 @@ def test_masked_heads_contribute_nothing(checkpoints, name):
     assert shares == [1.0, still_right]
 
 
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_a_head_without_its_query_averages_all_values(checkpoints, name):
+    """As in the authors' code: the same as q_proj without the head's rows, and unlike the mask of
+    its output."""
+    from experiments.compress import masked_heads
+    folder, _, ours = checkpoints[name]
+    prompt, D = model_llava.prepare(ours, [PAGE], "Hi"), ours.config.head_dim
+    other = model_llava.load(folder, "cpu", "float32")
+    for l, h in ((0, 1), (1, 3)):
+        q_proj = other.decoder.layers[l].self_attn.q_proj
+        for parameter in q_proj.parameters():                                # the weight, the bias
+            parameter.data[h * D:(h + 1) * D] = 0
+    with torch.inference_mode():
+        with masked_heads(ours, [(0, 1), (1, 3)], query=True):
+            masked = ours.hidden_states(prompt)
+        with masked_heads(ours, [(0, 1), (1, 3)]):
+            silent = ours.hidden_states(prompt)
+        expected = other.hidden_states(prompt)
+    assert (masked - expected).abs().max() < 1e-4 < (masked - silent).abs().max()
+
+
 def test_random_masks_leave_the_visual_heads_out():
     from experiments.compress import head_sets
     s = torch.rand(8, 8)
@@ -2294,18 +2315,18 @@ def test_a_stopped_reproduction_goes_on(checkpoints, monkeypatch, tmp_path, caps
     whole = reproduced(folder, tmp_path / "whole", "masking")
     real, calls = reproduce.masked_accuracy, []
 
-    def dies(*arguments):
+    def dies(*arguments, **named):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(reproduce, "masked_accuracy", dies)
     with pytest.raises(KeyboardInterrupt):
         reproduced(folder, tmp_path / "cut", "masking")
     assert not list((tmp_path / "cut").glob("*.json"))
     assert reproduced(folder, tmp_path / "cut", "masking") == whole
-    assert len(calls) == 3                                # one page of each task, and the failure
+    assert len(calls) == 5                # a page of each task and kind of mask, and the failure
     capsys.readouterr()
     for arguments, expected in (
             (["masking", "--seed", "1"], "other settings"), (["masks"], "masks"),

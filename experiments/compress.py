@@ -224,23 +224,22 @@ def power_of_scores(s, G, exponent):
 # ---- masked heads --------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def masked_heads(model, heads):
+def masked_heads(model, heads, query=False):
     """Within it the output of these heads, [(layer, head), ...], is zero before o_proj, in whatever
     the model computes, prefill and answer.
 
-    NOTE(official): there the query is set to zero, so that the head averages all values."""
-    def zero(columns):
-        def hook(module, inputs):
-            x = inputs[0].clone()
-            x[..., columns] = 0
-            return (x,)
-        return hook
-
+    NOTE(official): there the query is set to zero, so that the head averages all values; so it is
+    here with query=True."""
     D, hooks = model.config.head_dim, []
     for layer in {l for l, _ in heads}:
-        columns = [h * D + d for l, h in heads if l == layer for d in range(D)]
-        o_proj = model.decoder.layers[layer].self_attn.o_proj
-        hooks.append(o_proj.register_forward_pre_hook(zero(columns)))
+        columns = torch.tensor([h * D + d for l, h in heads if l == layer for d in range(D)])
+        attention = model.decoder.layers[layer].self_attn
+
+        def zero(x, columns=columns):
+            return x.index_fill(-1, columns.to(x.device), 0)
+        hooks.append(
+            attention.q_proj.register_forward_hook(lambda module, x, q, zero=zero: zero(q)) if query
+            else attention.o_proj.register_forward_pre_hook(lambda module, x, zero=zero: zero(*x)))
     try:
         yield
     finally:
@@ -263,12 +262,13 @@ def head_sets(s, seeds):
 
 
 @torch.inference_mode()
-def masked_accuracy(model, image, text, ids, sets):
-    """The share of right tokens of a forced answer, all of them, for each set of masked heads."""
+def masked_accuracy(model, image, text, ids, sets, query=False):
+    """The share of right tokens of a forced answer, all of them, for each set of masked heads.
+    query: see masked_heads."""
     forced, right = prepare(model, [image], text).extended(ids[:-1]), torch.tensor(ids)
     x, shares = model.embed(forced), []
     for heads in sets:
-        with masked_heads(model, heads):
+        with masked_heads(model, heads, query):
             hidden = model.decoder(x, forced.positions)[-len(ids):]
         shares.append((model.logits(hidden).argmax(-1).cpu() == right).double().mean().item())
     return shares

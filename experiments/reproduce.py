@@ -47,7 +47,7 @@ from experiments.draw import gini, line_charts, top_share
 from experiments.evaluate_tiny import edit_distance, page_size
 from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
-from experiments.report import (claim, interval, negative, positive, results_page, table,
+from experiments.report import (claim, interval, negative, positive, results_page, show, table,
                                 write_readme)
 from experiments.sources import Rendered
 from model_llava import DTYPES, load
@@ -322,9 +322,10 @@ def resampled(tables, of, draws=200):
 
 
 def heads(run):
-    """How many heads are visual, and how concentrated the scores are."""
-    def visual(s):                              # with at least a tenth of the best head's score
-        return (s >= s.max() / 10).double()
+    """How many heads are visual, and how concentrated the scores are. Beside them what the authors'
+    score file of LLaVA-NeXT-Vicuna-7B gives."""
+    def visual(share, layer=slice(None)):        # heads with that share of the best head's score
+        return lambda s: (s[layer] >= share * s.max()).double().mean()
 
     def half(s):                                # the share of heads that hold half of the scores
         best = s.flatten().sort(descending=True).values.cumsum(0)
@@ -332,25 +333,33 @@ def heads(run):
 
     pages, tokens = run.ocr_scores()
     (num, L, H), top = pages.shape, top_share(pages[0], 0.05)[0]
-    layers = [[f"layer {l}", resampled([pages], lambda s: visual(s)[l].mean()),
-               resampled([pages], lambda s: s[l].sum())] for l in range(L)]
-    everywhere = resampled([pages], lambda s: visual(s).mean())
-    largest = max((layer[:2] for layer in layers), key=lambda layer: layer[1])
+    layers, claims = [[f"layer {l}"] for l in range(L)] + [["all"]], []
     shares = [[f"top 5 % of the heads ({top} of {L * H}) hold",
                resampled([pages], lambda s: top_share(s, 0.05)[1]), "55.4"],
               ["Gini coefficient", resampled([pages], gini), "85.5"],
-              ["share of the heads that hold half of the scores", resampled([pages], half), None]]
+              ["share of the heads that hold half of the scores", resampled([pages], half), "4.2"]]
+    for name, share, published, layer in (("a tenth", 0.1, 11.1, 31.2),
+                                          ("a quarter", 0.25, 4.6, 21.9)):
+        column = [resampled([pages], visual(share, l)) for l in (*range(L), slice(None))]
+        for line, cell in zip(layers, column):
+            line.append(cell)
+        shares.append([f"heads with {name} of the best head's score", column[-1], str(published)])
+        most = max(range(L), key=lambda l: column[l][0])
+        claims.append(claim(
+            f"fewer than 5 % of the heads of a layer are visual (have {name} of the best head's "
+            "score, or more)", f"< 5 %; in their score file {published}, in one layer {layer}",
+            {"all layers": column[-1], f"layer {most}": column[most]}, lambda f: f[0] < 0.05,
+            signed=False))
+    for l, line in enumerate(layers):
+        line.append(resampled([pages], lambda s: s[l].sum()) if l < L else "100")
     return dict(
         facts=dict(pages=num, tokens=tokens, size=run.sizes[-1]),
         tables=[table(f"Visual scores of {num} pages, %", ["", run.name, "the published scores of "
                       "LLaVA-NeXT-Vicuna-7B, 1,024 heads"], shares, readme=True),
-                table("Visual heads (at least a tenth of the best head's score) and share of the "
-                      "scores, %", ["", "visual heads", "share of the scores"],
-                      [*layers, ["all", everywhere, "100"]])],
-        claims=[claim("fewer than 5 % of the heads of a layer are visual (have a tenth of the best "
-                      "head's score, or more)", "< 5 %",
-                      {"all layers": everywhere, largest[0]: largest[1]}, lambda f: f[0] < 0.05,
-                      signed=False)])
+                table("Visual heads (at least a tenth, or a quarter, of the best head's score) and "
+                      "share of the scores, %", ["", "a tenth", "a quarter", "share of the scores"],
+                      layers)],
+        claims=claims)
 
 
 def main_part(run):
@@ -392,6 +401,9 @@ def main_claims(task, measured, T, rows):
     claims.append(claim(f"random scores are as good as snapkv, {task}s", "about equal",
                         compared(measured, rows["random"], rows["snapkv"], tight(T)),
                         lambda f: f[1] <= 0 <= f[2]))
+    claims.append(claim(f"random scores gain no more than a point over snapkv, {task}s",
+                        "about equal", compared(measured, rows["random"], rows["snapkv"], tight(T)),
+                        lambda f: f[0] <= 0.01))
     return claims
 
 
@@ -433,12 +445,15 @@ def ablation(run):
              "window + uniform + score": row()}
     shares = {rho: row(rho=rho) for rho in (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)}
     windows = {f"window {w}": row(window=w) for w in (8, 16, 32, 64)}
+    bare = {rho: row(rho=rho, window=1) for rho in (0.0, 0.1)}    # heads without score have nothing
     for task in TASKS:
-        measured, T = run.measure("ablation", task, size, flat(parts, shares, windows))
+        measured, T = run.measure("ablation", task, size, flat(parts, shares, windows, bare))
         where, low = place(task, size, T), tight(T)
         tables += [grid(f"Parts of the budget, {where}, %", BUDGETS, parts, measured),
                    grid(f"Uniform share, {where}, %", BUDGETS,
                         {f"rho = {rho:g}": r for rho, r in shares.items()}, measured),
+                   grid(f"Uniform share where the window is 1, {where}, %", BUDGETS,
+                        {f"rho = {rho:g}": r for rho, r in bare.items()}, measured),
                    grid(f"Window, {where}, %", BUDGETS, windows, measured)]
         (_, window), (_, uniform), (_, score) = parts.items()
         claims += [
@@ -449,45 +464,66 @@ def ablation(run):
                   compared(measured, score, uniform, low), positive),
             claim(f"without a uniform share accuracy collapses, {task}s",
                   "0.519 to 0.145 (Mistral)", compared(measured, shares[0.0], shares[0.1], low),
-                  negative)]
+                  negative),
+            claim("without a uniform share accuracy falls if the window is a single entry, "
+                  f"{task}s", "not measured", compared(measured, bare[0.0], bare[0.1], low), negative)]
     return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=claims)
 
 
 def masking(run, seeds=10):
-    """The visual heads switched off, against random sets of other heads."""
+    """The visual heads switched off, against random sets of other heads: their outputs, and for 5 %
+    of the heads their queries, too."""
     size, num, s = run.reading_size(), max(1, run.pages // 2), run.tables["aligned"]
-    sets = {"none": [], **head_sets(s, seeds)}
-    counts, tables, claims = sorted({key[0] for key in sets if key != "none"}), [], []
+    sets, tables, claims = head_sets(s, seeds), [], []
+    few = min((count for count, _ in sets), key=lambda count: abs(count / s.numel() - 0.05))
+    fewer = {key: of for key, of in sets.items() if key[0] == few}
     for task in TASKS:
-        def work(i):
-            image, text, _, ids = exercise(run.model, "test", run.seed, task, size, i)
-            return masked_accuracy(run.model, image, text, ids[:MASKED], sets.values())
-
-        facts = dict(sets=list(sets.values()), size=size, longest=MASKED)
-        done = np.array(run.per_page(f"masking-{task}-{size[0]}x{size[1]}", facts, num, work))
-        measured = dict(zip(sets, done.T))
-        none, rows = measured["none"], []
-        for count in counts:
-            visual = measured[count, "visual"]
-            control = np.mean([measured[count, seed] for seed in range(seeds)], axis=0)
-            rows.append([f"{count} of {s.numel()}", interval(visual), interval(control),
-                         interval(visual - none), interval(control - none),
-                         interval(visual - control)])
-        tables.append(table(
-            f"Accuracy with masked heads, {task}s, {size[0]} x {size[1]} pixels, {num} pages, %",
-            ["masked", "visual heads", f"random heads, mean of {seeds} sets", "visual minus none",
-             "random minus none", "visual minus random"],
-            [["none", interval(none), interval(none), None, None, None], *rows]))
-        near = min(range(len(counts)), key=lambda i: abs(counts[i] / s.numel() - 0.05))
-        label, *_, drop, control, _ = rows[near]
-        claims += [claim(f"masking the top 5 % of the heads hurts, {task}s",
-                         "-20 OCRBench, -15 TextVQA", {label: drop}, negative),
-                   claim(f"masking as many random heads costs less than 3 points, {task}s", "< 3",
-                         {label: control}, lambda f: f[0] > -0.03),
-                   claim(f"masking the top 10 % costs more than as many random heads, {task}s",
-                         "not measured", {rows[-1][0]: rows[-1][-1]}, negative)]
+        for what, of in (("outputs", sets), ("queries", fewer)):
+            rows = masked_rows(run, what, task, size, num, of)
+            tables.append(table(
+                f"Accuracy with masked heads, their {what} zero, {task}s, {size[0]} x {size[1]} "
+                f"pixels, {num} pages, %",
+                ["masked", "visual heads", f"random heads, mean of {seeds} sets",
+                 "visual minus none", "random minus none", "single random sets minus none",
+                 "visual minus random"], rows))
+            label, *_, drop, control, _, _ = next(r for r in rows if r[0].startswith(f"{few} of"))
+            how = "" if what == "outputs" else " (queries set to zero, as the authors do)"
+            claims += [claim(f"masking the top 5 % of the heads hurts{how}, {task}s",
+                             "-20 OCRBench, -15 TextVQA", {label: drop}, negative),
+                       claim("masking as many random heads costs less than 3 points"
+                             f"{how}, {task}s", "< 3", {label: control}, lambda f: f[0] > -0.03)]
+            if of is sets:
+                claims.append(claim("masking the top 10 % costs more than as many random heads, "
+                                    f"{task}s", "not measured", {rows[-1][0]: rows[-1][-1]},
+                                    negative))
     return dict(facts=dict(pages=num, size=size, sets=[[str(key), of] for key, of in sets.items()]),
                 tables=tables, claims=claims)
+
+
+def masked_rows(run, what, task, size, num, sets):
+    """Rows of the table of masked heads: no heads, then one row for each count.
+
+    what: "outputs" or "queries", which are zero; sets: {(count, "visual" or seed): heads}."""
+    sets, heads = {"none": [], **sets}, run.tables["aligned"].numel()
+
+    def work(i):
+        image, text, _, ids = exercise(run.model, "test", run.seed, task, size, i)
+        return masked_accuracy(run.model, image, text, ids[:MASKED], sets.values(),
+                               query=what == "queries")
+
+    facts = dict(sets=list(sets.values()), size=size, longest=MASKED)
+    name = f"masking{'' if what == 'outputs' else '-queries'}-{task}-{size[0]}x{size[1]}"
+    measured = dict(zip(sets, np.array(run.per_page(name, facts, num, work)).T))
+    none = measured.pop("none")
+    rows = [["none", interval(none), interval(none), None, None, None, None]]
+    for count in dict.fromkeys(count for count, _ in measured):
+        visual = measured.pop((count, "visual"))
+        each = np.array([of for key, of in measured.items() if key[0] == count])   # (sets, pages)
+        control, changes = each.mean(0), (each - none).mean(1)
+        rows.append([f"{count} of {heads}", interval(visual), interval(control),
+                     interval(visual - none), interval(control - none),
+                     f"{show(changes.min())} to {show(changes.max())}", interval(visual - control)])
+    return rows
 
 
 def robustness(run):
