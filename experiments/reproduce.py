@@ -466,7 +466,8 @@ def ablation(run):
                   "0.519 to 0.145 (Mistral)", compared(measured, shares[0.0], shares[0.1], low),
                   negative),
             claim("without a uniform share accuracy falls if the window is a single entry, "
-                  f"{task}s", "not measured", compared(measured, bare[0.0], bare[0.1], low), negative)]
+                  f"{task}s", "not measured", compared(measured, bare[0.0], bare[0.1], low),
+                  negative)]
     return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=claims)
 
 
