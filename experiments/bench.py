@@ -285,7 +285,7 @@ def score_step_by_step(reference, ours, image, words, ids=None):
 
 def bench_scoring(folder, num, seed):
     """Pages a second of both procedures with both transcripts: on the pages that score_heads.py
-    renders by itself, and on letters, which are as full of text as SynthDoG's pages."""
+    renders by itself, and on letters, which are full of text."""
     ours = load(folder, "cpu", "float32")
     kind = (transformers.Qwen2VLForConditionalGeneration if ours.config.family == "qwen2_vl"
             else transformers.LlavaNextForConditionalGeneration)
