@@ -445,7 +445,7 @@ def ablation(run):
              "window + uniform + score": row()}
     shares = {rho: row(rho=rho) for rho in (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)}
     windows = {f"window {w}": row(window=w) for w in (8, 16, 32, 64)}
-    bare = {rho: row(rho=rho, window=1) for rho in (0.0, 0.1)}    # heads without score have nothing
+    bare = {rho: row(rho=rho, window=1) for rho in (0.0, 0.1)}    # heads without score keep one
     for task in TASKS:
         measured, T = run.measure("ablation", task, size, flat(parts, shares, windows, bare))
         where, low = place(task, size, T), tight(T)
