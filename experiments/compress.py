@@ -232,14 +232,15 @@ def masked_heads(model, heads, query=False):
     here with query=True."""
     D, hooks = model.config.head_dim, []
     for layer in {l for l, _ in heads}:
-        columns = torch.tensor([h * D + d for l, h in heads if l == layer for d in range(D)])
         attention = model.decoder.layers[layer].self_attn
-
-        def zero(x, columns=columns):
-            return x.index_fill(-1, columns.to(x.device), 0)
-        hooks.append(
-            attention.q_proj.register_forward_hook(lambda module, x, q, zero=zero: zero(q)) if query
-            else attention.o_proj.register_forward_pre_hook(lambda module, x, zero=zero: zero(*x)))
+        columns = torch.tensor([h * D + d for l, h in heads if l == layer for d in range(D)],
+                               device=attention.q_proj.weight.device)
+        if query:
+            hooks.append(attention.q_proj.register_forward_hook(
+                lambda module, inputs, q, columns=columns: q.index_fill(-1, columns, 0)))
+        else:
+            hooks.append(attention.o_proj.register_forward_pre_hook(
+                lambda module, inputs, columns=columns: inputs[0].index_fill(-1, columns, 0)))
     try:
         yield
     finally:
