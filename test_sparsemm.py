@@ -48,6 +48,7 @@ from experiments.report import show
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+torch.set_num_threads(1)                   # enough for small models; processes run beside the tests
 HERE = Path(__file__).parent
 TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
 FLOORS = [("qwen2-vl", "form", (256, 128), 8), ("qwen2-vl", "form", (256, 256), 8),
@@ -170,6 +171,47 @@ def checkpoints(tmp_path_factory):
 def tiny():
     """name -> the small models that are shipped"""
     return {name: model_llava.load(HERE / "tiny" / name, "cpu", "float32") for name in TINY}
+
+
+def beside(command, **environment):
+    """Marks a test of what needs a process of its own, which starts with the session and runs
+    beside the other tests. command(checkpoints, folder): Python's arguments, with a folder for what
+    is written."""
+    def mark(test):
+        test.command, test.environment = command, environment
+        return test
+    return mark
+
+
+def two_ranks(script, *arguments):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+            HERE / script, *arguments]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes(request, tmp_path_factory):
+    """name of a test marked so -> (its folder, its process)"""
+    started = {}
+    for item in request.session.items:
+        if hasattr(item.function, "command"):
+            folder = tmp_path_factory.mktemp("beside")
+            command = item.function.command(request.getfixturevalue("checkpoints"), folder)
+            started[item.name] = folder, subprocess.Popen(
+                [sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **item.function.environment})
+    yield started
+    for _, process in started.values():
+        process.kill()
+
+
+@pytest.fixture
+def done(request, processes):
+    """What a test's process left: folder, returncode, stdout, stderr."""
+    folder, process = processes[request.node.name]
+    stdout, stderr = process.communicate()
+    return SimpleNamespace(folder=folder, returncode=process.returncode, stdout=stdout,
+                           stderr=stderr)
 
 
 def picture(width, height, seed=0):
@@ -1214,16 +1256,13 @@ def test_several_pages_in_one_prompt(checkpoints):
     assert text == pages[2][2] + "\n" + pages[3][2]
 
 
-def test_two_processes_equal_one(checkpoints, tmp_path):
-    folder = checkpoints["qwen"][0]
-    one = score(folder, tmp_path / "one.json", "--num", 7)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--", HERE / "score_heads.py", "--model", folder, "--width", "64", "--height", "48",
-         "--transcript", "truth", "--num", "7", "--out", tmp_path / "two.json"],
-        capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
-    assert (tmp_path / "two.json").read_text() == one
+@beside(lambda checkpoints, folder: two_ranks(
+    "score_heads.py", "--model", checkpoints["qwen"][0], "--width", "64", "--height", "48",
+    "--transcript", "truth", "--num", "7", "--out", folder / "two.json"))
+def test_two_processes_equal_one(checkpoints, done, tmp_path):
+    one = score(checkpoints["qwen"][0], tmp_path / "one.json", "--num", 7)
+    assert done.returncode == 0, done.stderr
+    assert (done.folder / "two.json").read_text() == one
 
 
 def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
@@ -1563,8 +1602,8 @@ def test_command_compares_every_method(checkpoints, capfd, tmp_path):
     assert {sum(map(sum, r["kept"])) for r in runs[1:]} == {40 * 3 * 4}
 
 
-def test_command_needs_no_model_code_of_transformers(checkpoints, tmp_path):
-    picture(50, 70).save(tmp_path / "a.png")
+def without_model_code(checkpoints, folder):
+    picture(50, 70).save(folder / "a.png")
     code = """if True:
         import importlib.abc, re, sys
         class Block(importlib.abc.MetaPathFinder):
@@ -1578,9 +1617,12 @@ def test_command_needs_no_model_code_of_transformers(checkpoints, tmp_path):
                            "--method", "snapkv", "--max-new-tokens", "2"])
         assert not [m for m in sys.modules
                     if re.match(r"transformers\\.models\\..*\\bmodeling_", m)]"""
-    folders = [str(checkpoints[name][0]) for name in ("vicuna", "mistral", "qwen")]
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png", *folders], cwd=HERE,
-                          capture_output=True, text=True)
+    return ["-c", code, folder / "a.png",
+            *(checkpoints[name][0] for name in ("vicuna", "mistral", "qwen"))]
+
+
+@beside(without_model_code)
+def test_command_needs_no_model_code_of_transformers(done):
     assert done.returncode == 0, done.stderr
 
 
@@ -1715,12 +1757,11 @@ def test_bad_score_files(checkpoints, capfd, tmp_path, content, expected):
     assert "scores" in line and str(path) in line and expected in line
 
 
-def test_hub_without_network():
+@beside(lambda checkpoints, folder: [HERE / "sparsemm.py", "--model", "someone/some-model",
+                                     "--prompt", "Hi"],
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE="/nonexistent")
+def test_hub_without_network(done):
     """In a process of its own: nothing, not even a library's warning, comes before the one line."""
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9",
-                   "HF_HUB_CACHE": "/nonexistent"}
-    done = subprocess.run([sys.executable, HERE / "sparsemm.py", "--model", "someone/some-model",
-                           "--prompt", "Hi"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "someone/some-model" in done.stderr
 
@@ -1951,19 +1992,21 @@ def test_an_evaluation_is_resumed_after_a_kill(checkpoints, monkeypatch, capfd, 
     assert "--out" in line and "another window" in line
 
 
-def test_an_evaluation_in_two_processes_equals_one(checkpoints, capfd, tmp_path):
-    write_data(tmp_path, 3)
-    command = ["--task", "vqav2", "--data", tmp_path / "data.jsonl", "--methods", "full,snapkv",
-               "--model", checkpoints["qwen"][0], "--budgets", "40"]
-    evaluate_on(capfd, *command, "--out", tmp_path / "one")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--", HERE / "experiments" / "evaluate.py", *command, "--out", tmp_path / "two"],
-        capture_output=True, text=True, cwd=HERE)
+def evaluation(checkpoints, folder):
+    """Of three rows, written to the folder, too."""
+    write_data(folder, 3)
+    return ["--task", "vqav2", "--data", folder / "data.jsonl", "--methods", "full,snapkv",
+            "--model", checkpoints["qwen"][0], "--budgets", "40"]
+
+
+@beside(lambda checkpoints, folder: two_ranks(
+    "experiments/evaluate.py", *evaluation(checkpoints, folder), "--out", folder / "two"))
+def test_an_evaluation_in_two_processes_equals_one(checkpoints, capfd, done, tmp_path):
+    evaluate_on(capfd, *evaluation(checkpoints, done.folder), "--out", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("kept entries") == 1
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert [len((tmp_path / "two" / f"predictions-{rank}.jsonl").read_text().splitlines())
+    assert contents(done.folder / "two") == contents(tmp_path / "one")
+    assert [len((done.folder / "two" / f"predictions-{rank}.jsonl").read_text().splitlines())
             for rank in range(2)] == [4, 2]
 
 
