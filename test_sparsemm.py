@@ -20,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1347,7 +1348,7 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
     assert (processed["pixel_values"] - batch["pixel_values"].float()).abs().max() < 0.005
     image = prompt.images[0]
     assert len(image) == (batch["input_ids"][0] == train_tiny.IMAGE).sum()
-    shown = labels[labels[:, 0] != train_tiny.IGNORE]
+    shown = labels[labels[:, 0] != train_tiny.IGNORE, :-1]
     boxes = image.boxes[image.kinds == model_llava.GRID]
     cells = train_tiny.cell_characters(page)
     labels_of_boxes = [cells[int(y0) // 16, int(x0) // 16].tolist()
@@ -1359,7 +1360,8 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
     reference.set_attn_implementation("products")
     train_tiny.as_matrix_product(layout.patch_embedding(reference))
     with torch.inference_mode():
-        expected = reference(**{key: x for key, x in batch.items() if key != "labels"}).logits[0]
+        expected = reference(**{key: x for key, x in batch.items()
+                                if key not in ("labels", "hints")}).logits[0]
     assert batch["conversations"] > 1
     prefix, *_ = ids = list(batch["input_ids"][0].tensor_split([batch["prefix"]]))
     expected = expected.tensor_split([batch["prefix"]])
@@ -1384,11 +1386,11 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
     for seed in range(5):
         page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
         possible = {wording(None, *task[:2]): task[2] for task in tasks(page)}
-        (ids, _), = train_tiny.conversations(stage, random.Random(seed), page, transcribe=True)
+        (ids, *_), = train_tiny.conversations(stage, random.Random(seed), page, transcribe=True)
         assert page.text in "".join(map(letters.get, ids))
         said, asked = train_tiny.conversations(stage, random.Random(seed), page, False), []
         assert 0 < len(said) <= train_tiny.CONVERSATIONS
-        for ids, labels in said:
+        for ids, labels, hints in said:
             text = "".join(map(letters.get, ids))
             turns = [turn.removeprefix("<|im_start|>") for turn in text.split("<|im_end|>")]
             assert turns.pop() == "" and text.count("<|im_start|>") == len(turns) / 2 - 1
@@ -1399,7 +1401,46 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
             learnt = "".join(letters[i] for i in labels if i != train_tiny.IGNORE)
             assert learnt == "".join(answer + "<|im_end|>" for answer in turns[1::2])
             assert all(label in (i, train_tiny.IGNORE) for i, label in zip(ids, labels))
+            ends = [i for i, (here, after) in enumerate(zip(labels, labels[1:]))
+                    if here == train_tiny.IGNORE != after]                          # of questions
+            values = [(end, *question[len("What is the "):-1].split(" of "))
+                      for end, question in zip(ends, turns[::2]) if " of " in question]
+            assert {i: hint for i, hint in enumerate(hints) if hint != train_tiny.NO_HINTS} == {
+                end: (train_tiny.HINTS.index(column), train_tiny.ITEMS.index(item))
+                for end, column, item in values}
+            assert kind == "table" or not values
         assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("kind", ["table", "shapes", "form"])
+@pytest.mark.parametrize("name", TINY)
+def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
+    """An image token whose middle lies in a table's cell or a coloured shape is hinted with it, one
+    that touches none is not; where tokens are, our own loader says."""
+    from experiments import train_tiny
+    stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0, (kind,))
+    batch, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], stage, random.Random(5))
+    page = train_tiny.render_page(_replayed(random.Random(5), stage), kind, 256, 256)
+    things = [(thing.box, thing.text, None) for thing in page.objects]
+    if kind == "table":
+        things += [(word.box, column.text, line[0].text) for line in page.lines[1:]
+                   for column, word in zip(page.lines[0][1:], line[1:])]
+    image = model_llava.prepare(tiny[name], [page.image], "What?").images[0]
+    hints = batch["hints"][0][batch["input_ids"][0] == train_tiny.IMAGE].tolist()
+    found = set()
+    for hint, box, of_grid in zip(hints, image.boxes, image.kinds == model_llava.GRID, strict=True):
+        (x0, y0, x1, y1), hint = box.tolist(), tuple(hint)
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        inside = {(name, item) for (a, b, c, d), name, item in things if a < x < c and b < y < d}
+        touched = any(a < x1 and x0 < c and b < y1 and y0 < d for (a, b, c, d), *_ in things)
+        if of_grid and inside:
+            (column, item), = inside
+            assert hint == (train_tiny.HINTS.index(column),
+                            train_tiny.ITEMS.index(item) if item else train_tiny.IGNORE)
+            found.add((column, item))
+        elif not of_grid or not touched:
+            assert hint == train_tiny.NO_HINTS
+    assert len(found) >= {"table": 6, "shapes": 1, "form": 0}[kind]
 
 
 def test_the_second_small_model_learns_from_the_first(tmp_path):
@@ -1444,6 +1485,19 @@ def _replayed(rng, stage):
     """The generator as make_batch hands it to the renderer of its first page."""
     rng.choice(stage.sizes), rng.choice(stage.kinds)
     return rng
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_fast_decode_writes_what_the_loop_over_heads_writes_in_bfloat16(monkeypatch, name):
+    model = model_llava.load(HERE / "tiny" / name, "cpu", "bfloat16")
+    for sample in SAMPLES[::3]:
+        written = []
+        for by_head in (False, True):
+            monkeypatch.setattr(sparsemm, "KVCache", partial(KVCache, by_head=by_head))
+            written.append(sparsemm.generate(
+                model, [open_image(HERE / "tiny" / sample["image"])], sample["prompt"], budget=128,
+                scores=sparsemm.find_scores(model, None))["token_ids"])
+        assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])

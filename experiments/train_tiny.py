@@ -9,7 +9,12 @@ model_llava.py, is then tested against them):
     vision      the vision tower alone: a linear layer on each image token names the characters
                 whose centre lies in the 16 x 16 pixels that the token shows
     language    next-token loss on what pages.tasks asks of a page; the vision loss stays on at half
-                its weight
+                its weight, and so do hints
+
+Hints are linear layers on the output of decoder layer HINTED_LAYER. Where an image token shows a
+cell of a table they name its column and its row's item, where it shows a coloured shape that shape,
+and where an answer about a table begins, the column and the item asked for. Without them the models
+found the row but took any of its columns.
 
 STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
 tell characters apart does not learn to find them either, so vision comes first.
@@ -54,7 +59,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
                           Qwen2VLForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.pages import prompt, render_page, tasks
+from experiments.pages import COLORS, COLUMNS, ITEMS, SHAPES, prompt, render_page, tasks
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -66,6 +71,8 @@ ROUND = 32                        # conversations are padded to a multiple: few 
 
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
+HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE)
 CONVERSATIONS, LONGEST = 5, 96    # conversations about a page; tokens in one of several turns
 VISION_RATE = 0.4                 # share of the learning rate that vision gets in language steps
 ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets
@@ -95,6 +102,12 @@ ANSWER_KINDS = (*["form"] * 5, *["receipt"] * 3, *["label"] * 2, *["table"] * 3,
                 "letter")
 EVERY_KIND = (*["form"] * 3, *["receipt"] * 2, *["label"] * 2, *["table"] * 5, *["shapes"] * 2,
               *["sign"] * 2, *["lines"] * 2, *["letter"] * 2)
+MANY_TABLES = (*["table"] * 8, *["form"] * 5, *["shapes"] * 4, *["label"] * 3, *["receipt"] * 2,
+               *["lines"] * 2, *["letter"] * 2, "sign")
+MOSTLY_TABLES = (*["table"] * 10, *["shapes"] * 4, *["form"] * 3, "receipt", "label", "lines",
+                 "letter")
+LAST_KINDS = (*["form"] * 7, *["table"] * 6, *["label"] * 3, *["shapes"] * 3, *["lines"] * 3,
+              *["letter"] * 3, *["receipt"] * 2, *["sign"] * 2)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -116,6 +129,14 @@ STAGES = {
         Stage("everything", "language",
               ((256, 128), (256, 192), (256, 256), (256, 256), (256, 320)), 8, 1050, 3e-3, 2e-5,
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
+        Stage("columns", "language", ((256, 64), (256, 96), (256, 128)), 8, 500, 2e-3, 1e-3,
+              MOSTLY_TABLES, wear=0.05, rewording=0.1, transcripts=0.1),
+        Stage("again", "language",
+              ((256, 128), (256, 192), (256, 256), (256, 256), (256, 384)), 8, 430, 2e-3, 2e-5,
+              MANY_TABLES, wear=0.05, rewording=0.1, transcripts=0.25),
+        Stage("last", "language",
+              ((256, 128), (256, 192), (256, 256), (256, 256), (256, 384)), 8, 950, 1.5e-3, 2e-5,
+              LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.3),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -128,6 +149,11 @@ STAGES = {
         Stage("everything", "language",
               ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 1150, 3e-3, 2e-5,
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
+        Stage("columns", "language", ((256, 128),), 8, 900, 2e-3, 1e-3, MOSTLY_TABLES, wear=0.05,
+              rewording=0.1, transcripts=0.1),
+        Stage("again", "language",
+              ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 900, 2e-3, 2e-5,
+              MANY_TABLES, wear=0.05, rewording=0.1, transcripts=0.25),
     ),
 }
 
@@ -166,16 +192,16 @@ class Qwen2VLLayout:
         """8 layers x 8 query heads x 32, 4 KV heads: 64 query heads in all, two to a KV head; 5.9 M
         parameters.
 
-        rope_theta is 1,000: M-RoPE gives the columns of an image the lowest frequencies. They have
-        to turn visibly over the 16 to 40 columns of a page, and yet hardly at all over an answer,
-        so that a head can still match content alone.
+        rope_theta is 100: M-RoPE gives the columns of an image the lowest frequencies. They have to
+        turn visibly over the few columns between two cells of a table, and yet hardly at all over
+        an answer, so that a head can still match content alone.
         """
         return Qwen2VLConfig(
             text_config=dict(vocab_size=len(VOCABULARY), hidden_size=256, intermediate_size=512,
                              num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-                             max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=1000.0,
+                             max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=100.0,
                              rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6],
-                                           "rope_type": "default", "rope_theta": 1000.0},
+                                           "rope_type": "default", "rope_theta": 100.0},
                              tie_word_embeddings=True, bos_token_id=END, eos_token_id=IM_END,
                              pad_token_id=END),
             vision_config=dict(depth=4, embed_dim=128, hidden_size=256, num_heads=4, mlp_ratio=3,
@@ -228,6 +254,10 @@ class Qwen2VLLayout:
     def cell_labels(self, cells):
         """(rows, columns, n) of a page -> one row for each output of the merger."""
         return cells.reshape(-1, cells.shape[-1])
+
+    def token_labels(self, cells):
+        """(rows, columns, n) of a page -> one row for each of the decoder's image tokens."""
+        return self.cell_labels(cells)
 
 
 class LlavaNextLayout:
@@ -305,6 +335,13 @@ class LlavaNextLayout:
         tiles = tiles.transpose(0, 2, 1, 3, 4).reshape(-1, n)
         return np.concatenate([np.full((self.side ** 2, n), IGNORE), tiles])
 
+    def token_labels(self, cells):
+        """(rows, columns, n) of a page -> one row for each of the decoder's image tokens: the
+        thumbnail's, then row by row, each with its newline's."""
+        n = cells.shape[-1]
+        lines = np.pad(cells, ((0, 0), (0, 1), (0, 0)), constant_values=IGNORE)
+        return np.concatenate([np.full((self.side ** 2, n), IGNORE), lines.reshape(-1, n)])
+
 
 LAYOUTS = {"qwen2-vl": Qwen2VLLayout(), "llava-next": LlavaNextLayout()}
 
@@ -359,9 +396,44 @@ def cell_characters(page):
     return cells
 
 
+def number(names, name):
+    return names.index(name) if name in names else IGNORE
+
+
+def cell_contents(page):
+    """(rows, columns, CHARS_PER_CELL + 1) int64: cell_characters, and the number in HINTS of the
+    coloured shape that a cell shows, IGNORE for none."""
+    shapes = cell_hints(page)[..., :1]
+    shapes[shapes < len(COLUMNS)] = IGNORE
+    return np.concatenate([cell_characters(page), shapes], -1)
+
+
+def cell_hints(page):
+    """(rows, columns, 2) int64: what the cells of a page do not say themselves. The number in HINTS
+    of the table's column or of the coloured shape that a cell is part of; the number in ITEMS of
+    its table row's item. IGNORE for none."""
+    hints = np.full((page.image.height // CELL, page.image.width // CELL, 2), IGNORE)
+    hinted = [(thing.box, (number(HINTS, thing.text), IGNORE)) for thing in page.objects]
+    header, *body = page.lines
+    if header[0].text == "Item":
+        hinted += [(cell.box, (number(HINTS, column.text), number(ITEMS, item.text)))
+                   for item, *cells in body for column, cell in zip(header[1:], cells)]
+    for box, numbers in hinted:
+        x0, y0, x1, y1 = (round(edge / CELL) for edge in box)
+        hints[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = numbers
+    return hints
+
+
+def asked_hints(about):
+    """The same for a question: the column and the item in "Price of Apple"."""
+    column, _, item = about.partition(" of ")
+    return (number(HINTS, column), number(ITEMS, item)) if item else NO_HINTS
+
+
 def conversations(stage, rng, page, transcribe):
     """What is said about one page after its image: its transcript, or some conversations of a few
-    questions and answers. Returns [(token ids, labels), ...]."""
+    questions and answers. Returns [(token ids, labels, hints), ...]; a question's hints are at its
+    last token, where the answer begins."""
     transcript, *questions = tasks(page)
     values = [question for question in questions if question[0] == "value"]
     others = [question for question in questions if question[0] != "value"]
@@ -380,20 +452,24 @@ def conversations(stage, rng, page, transcribe):
         elif len(said) == CONVERSATIONS:
             break
         else:
-            said.append(([], []))
-        said[-1][0].extend(asked + answered)
-        said[-1][1].extend([IGNORE] * len(asked) + answered)
+            said.append(([], [], []))
+        ids, labels, hints = said[-1]
+        ids.extend(asked + answered)
+        labels.extend([IGNORE] * len(asked) + answered)
+        hints.extend([NO_HINTS] * (len(asked) - 1) + [asked_hints(about)]
+                     + [NO_HINTS] * len(answered))
     return said
 
 
 def padded(rows, filling, count, length):
-    """Lists of token ids or labels -> (count, length), filled up."""
+    """Lists of token ids, labels or hints -> (count, length) or (count, length, 2), filled up."""
     rows = rows + [[]] * (count - len(rows))
     return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
 
 def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
-    """One batch of a stage: the model's keyword arguments, and the auxiliary labels.
+    """One batch of a stage: the model's keyword arguments with the hints for each position, and
+    what each image token shows (see cell_contents).
 
     A row is a page, the prefix, and the conversations about it, one behind the other and all of one
     length. Each sees the prefix and itself (see attend) and counts its positions from the prefix,
@@ -409,17 +485,24 @@ def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(*size)
     count = max(map(len, said))
-    length = -(-max(len(ids) for page in said for ids, _ in page) // ROUND) * ROUND
-    ids = [padded([ids for ids, _ in page], END, count, length).flatten() for page in said]
-    labels = [padded([labels for _, labels in page], IGNORE, count, length).flatten()
-              for page in said]
-    ids = torch.cat([torch.tensor([prefix] * len(pages)), torch.stack(ids)], 1)
-    labels = torch.cat([torch.full((len(pages), len(prefix)), IGNORE), torch.stack(labels)], 1)
+    length = -(-max(len(ids) for page in said for ids, *_ in page) // ROUND) * ROUND
+
+    def rows(k, first, filling):
+        """Of each page the prefix's and, filled up, its conversations' ids, labels or hints."""
+        return torch.stack([torch.cat([torch.tensor(first), padded(
+            [conversation[k] for conversation in page], filling, count, length).flatten(0, 1)])
+                            for page in said])
+
+    ids = rows(0, prefix, END)
+    labels = rows(1, [IGNORE] * len(prefix), IGNORE)
+    hints = rows(2, [NO_HINTS] * len(prefix), NO_HINTS)
+    hints[ids == IMAGE] = torch.from_numpy(np.concatenate(
+        [layout.token_labels(cell_hints(page)) for page in pages]))
     positions = layout.positions(*size)                                            # (..., prefix)
     following = (positions.max() + 1 + torch.arange(length)).repeat(count)
     positions = torch.cat([positions, following.expand(*positions.shape[:-1], -1)], -1)
-    cells = [layout.cell_labels(cell_characters(page)) for page in pages]
-    batch = dict(input_ids=ids, labels=labels, prefix=len(prefix), conversations=count,
+    cells = [layout.cell_labels(cell_contents(page)) for page in pages]
+    batch = dict(input_ids=ids, labels=labels, hints=hints, prefix=len(prefix), conversations=count,
                  position_ids=positions.unsqueeze(-2).expand(*positions.shape[:-1], len(pages), -1),
                  **layout.inputs(ids, pages))
     if teacher and stage.step == "vision":
@@ -504,8 +587,15 @@ def as_matrix_product(convolution):
     convolution.forward = forward
 
 
+def naming_loss(layer, states, names):
+    """Cross-entropy of what a linear layer makes of states (..., E) where names (...) is not
+    IGNORE; 0 where it is nowhere."""
+    chosen = names != IGNORE
+    return F.cross_entropy(layer(states[chosen].float()), names[chosen]) if chosen.any() else 0
+
+
 class Trainer:
-    """The model, its auxiliary layer and the optimisers; what is saved and resumed."""
+    """The model, its auxiliary layers and the optimisers; what is saved and resumed."""
 
     def __init__(self, args):
         torch.manual_seed(args.seed)
@@ -516,6 +606,8 @@ class Trainer:
         as_matrix_product(self.layout.patch_embedding(self.model))
         self.cells = nn.Linear(self.model.config.text_config.hidden_size,
                                CHARS_PER_CELL * len(VOCABULARY)).to(self.device)
+        self.hints = nn.ModuleList(nn.Linear(self.cells.in_features, len(names)) for names in
+                                   (HINTS, HINTS, ITEMS)).to(self.device)   # the first is vision's
         named = dict(self.model.named_parameters())
         vision = {name for name in named if "language_model" not in name}
         matrices = {name for name, p in named.items() if p.ndim == 2 and "embed" not in name}
@@ -529,12 +621,18 @@ class Trainer:
                              weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([dict(params=group(True, False) + [*self.cells.parameters()]),
                                dict(params=group(False, False))],
+                              betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.AdamW([dict(params=[*self.hints[0].parameters()]),
+                               dict(params=[*self.hints[1:].parameters()])],
                               betas=(0.9, 0.98), weight_decay=0.01)]
         self.stage = self.step = 0
         self.saved = time.time()
         self.image_tokens = None           # what the projector gave in the last forward pass
         self.layout.projector(self.model).register_forward_hook(
             lambda module, inputs, output: setattr(self, "image_tokens", output))
+        self.hinted = None                 # the output of layer HINTED_LAYER in that pass
+        self.model.model.language_model.layers[HINTED_LAYER].register_forward_hook(
+            lambda module, inputs, output: setattr(self, "hinted", output))
         self.teacher = self.teachers_tokens = None
         if args.teacher:
             self.teacher = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -546,8 +644,8 @@ class Trainer:
             self.load()
 
     def start_from(self, folder, stage):
-        """Begins at a stage with the weights of an exported folder. The layer that names characters
-        is not among them; it learns anew, which takes a minute."""
+        """Begins at a stage with the weights of an exported folder. The layers that name characters
+        and hints are not among them; they learn anew, which takes some minutes."""
         weights = self.layout.model_class.from_pretrained(folder, dtype=torch.float32)
         self.model.load_state_dict(weights.state_dict())
         self.stage = [s.name for s in self.stages].index(stage)
@@ -556,6 +654,7 @@ class Trainer:
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.cells.load_state_dict(state["cells"])
+        self.hints.load_state_dict(state["hints"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.stage, self.step = state["stage"], state["step"]
@@ -567,16 +666,18 @@ class Trainer:
             return
         temporary = self.state_file.with_suffix(".tmp")
         torch.save(dict(model=self.model.state_dict(), cells=self.cells.state_dict(),
+                        hints=self.hints.state_dict(),
                         optimizers=[o.state_dict() for o in self.optimizers], stage=self.stage,
                         step=self.step), temporary)
         os.replace(temporary, self.state_file)
         self.saved = time.time()
 
-    def loss(self, batch, characters, step):
+    def loss(self, batch, contents, step):
         """The stage's loss; token accuracy (language) or cell accuracy (vision) of the batch."""
-        characters = characters.to(self.device)
+        characters, shapes = contents.to(self.device).split([CHARS_PER_CELL, 1], 1)
         batch = dict(batch)
-        teacher, same_cell = batch.pop("teacher", None), batch.pop("same_cell", None)
+        teacher, same_cell, hints = (batch.pop(name, None)
+                                     for name in ("teacher", "same_cell", "hints"))
         batch = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16):
             if step == "vision":
@@ -588,11 +689,15 @@ class Trainer:
         weight[0] = 0.2                                                    # most of a page is blank
         cell_loss = F.cross_entropy(logits.flatten(0, 1), characters.flatten(), weight,
                                     ignore_index=IGNORE)
+        cell_loss = cell_loss + naming_loss(self.hints[0], self.image_tokens.flatten(0, -2),
+                                            shapes[:, 0])
         if step == "vision":
             right = (logits.argmax(-1) == characters).all(-1)
             if teacher:
                 cell_loss = cell_loss + self.unlike(teacher, same_cell)
             return cell_loss, right[characters[:, 0] > 0].float().mean()
+        for layer, wanted in zip(self.hints[1:], hints.to(self.device).unbind(-1)):
+            cell_loss = cell_loss + naming_loss(layer, self.hinted, wanted)
         predicted, labels = out.logits[:, :-1].argmax(-1), batch["labels"][:, 1:]
         return out.loss + 0.5 * cell_loss, (predicted == labels)[labels != IGNORE].float().mean()
 
@@ -643,10 +748,11 @@ class Trainer:
         """Linear from the stage's first to its last rate, after a warm-up of 50 steps."""
         rate = stage.rate + (stage.end_rate - stage.rate) * self.step / stage.steps
         rate *= min(1, (self.step + 1) / 50)
-        for optimizer, share in zip(self.optimizers, (1, ADAMW_RATE)):
+        slower = VISION_RATE if stage.step == "language" else 1
+        for optimizer, own, of_vision in zip(self.optimizers, (1, ADAMW_RATE, 1),
+                                             (slower, slower, 1)):
             vision, language = optimizer.param_groups
-            vision["lr"] = rate * share * (VISION_RATE if stage.step == "language" else 1)
-            language["lr"] = rate * share
+            vision["lr"], language["lr"] = rate * own * of_vision, rate * own
 
     def run_stage(self, stage):
         language = [s for s in self.stages if s.step == "language"]
@@ -656,9 +762,9 @@ class Trainer:
                             num_workers=self.args.workers,
                             prefetch_factor=4 if self.args.workers else None)
         bar = tqdm(loader, desc=stage.name, initial=self.step, total=stage.steps, mininterval=5)
-        for batch, characters in bar:
+        for batch, contents in bar:
             self.set_rate(stage)
-            loss, accuracy = self.loss(batch, characters, stage.step)
+            loss, accuracy = self.loss(batch, contents, stage.step)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for optimizer in self.optimizers:
