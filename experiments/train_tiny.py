@@ -154,6 +154,9 @@ STAGES = {
         Stage("again", "language",
               ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 900, 2e-3, 2e-5,
               MANY_TABLES, wear=0.05, rewording=0.1, transcripts=0.25),
+        Stage("last", "language",
+              ((256, 128), (256, 128), (256, 256), (256, 256), (256, 384)), 8, 900, 1.5e-3, 2e-5,
+              LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.3),
     ),
 }
 
