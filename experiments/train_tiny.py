@@ -13,8 +13,8 @@ model_llava.py, is then tested against them):
 
 Hints are linear layers on the output of decoder layer HINTED_LAYER. Where an image token shows a
 cell of a table they name its column and its row's item, where it shows a coloured shape that shape,
-and where an answer about a table begins, the column and the item asked for. They were added when the
-models found the row but took any of its columns; what they do by themselves was not measured.
+and where an answer about a table begins, the column and the item asked for. They were added when
+the models found the row but took any of its columns; what they do by themselves was not measured.
 
 STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
 tell characters apart does not learn to find them either, so vision comes first.
