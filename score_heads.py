@@ -91,10 +91,14 @@ class Reading:
 
     def peaks(self):
         """Where every head looks most from each position on from `first`: (L, H, T - first) int64,
-        on the CPU. (The softmax does not move a maximum.)"""
-        T = self.length
-        return torch.stack([argmax(attention_logits(q[:, :T - self.first], k[:, :T])).cpu()
-                            for q, k, _ in self.layers])
+        on the CPU. (The softmax does not move a maximum.) One head at a time: the logits of one
+        stay in a processor's cache, those of all would be written to memory and read again."""
+        T, peaks = self.length, []
+        for q, k, _ in self.layers:
+            q, k, sharing = q[:, :T - self.first], k[:, :T], len(q) // len(k)
+            peaks.append(torch.cat([argmax(attention_logits(q[h:h + 1], k[h // sharing][None]))
+                                    for h in range(len(q))]).cpu())
+        return torch.stack(peaks)
 
 
 def attention_logits(q, k):
