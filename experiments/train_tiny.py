@@ -137,6 +137,9 @@ STAGES = {
         Stage("last", "language",
               ((256, 128), (256, 192), (256, 256), (256, 256), (256, 384)), 8, 950, 1.5e-3, 2e-5,
               LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.3),
+        Stage("transcripts", "language",
+              ((256, 128), (256, 192), (256, 256), (256, 256), (256, 384)), 8, 2200, 1.5e-3, 2e-5,
+              LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -195,16 +198,18 @@ class Qwen2VLLayout:
         """8 layers x 8 query heads x 32, 4 KV heads: 64 query heads in all, two to a KV head; 5.9 M
         parameters.
 
-        rope_theta is 100: M-RoPE gives the columns of an image the lowest frequencies. They have to
-        turn visibly over the few columns between two cells of a table, and yet hardly at all over
-        an answer, so that a head can still match content alone.
+        M-RoPE gives the columns of an image the lowest frequencies. Some of them have to turn
+        visibly over the few columns between two cells of a table, others hardly at all over an
+        answer, so that a head can still match content alone. So columns have 10 of the 16
+        frequencies, from 0.075 down to 0.0015. With 6 of them and a rope_theta of 100 (0.056 to
+        0.013) transcripts were read well up to the 150th character, and not at all from the 200th.
         """
         return Qwen2VLConfig(
             text_config=dict(vocab_size=len(VOCABULARY), hidden_size=256, intermediate_size=512,
                              num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-                             max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=100.0,
-                             rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6],
-                                           "rope_type": "default", "rope_theta": 100.0},
+                             max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=1000.0,
+                             rope_scaling={"type": "mrope", "mrope_section": [4, 2, 10],
+                                           "rope_type": "default", "rope_theta": 1000.0},
                              tie_word_embeddings=True, bos_token_id=END, eos_token_id=IM_END,
                              pad_token_id=END),
             vision_config=dict(depth=4, embed_dim=128, hidden_size=256, num_heads=4, mlp_ratio=3,
