@@ -5,7 +5,9 @@
 
 For each kind and size of page it prints the mean character accuracy (1 - edit distance / length,
 not below 0) of the transcript and, for every other task (pages.WORDINGS), the share of exact
-answers, one question a page and task. The cache is full.
+answers, one question a page and task. The cache is full. The right answer serves as the draft of
+speculative decoding (score_heads.write): the model writes what it would write anyway, but a right
+answer takes few passes.
 """
 
 import argparse
@@ -22,9 +24,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.arguments import DEFAULT_MODEL, as_typed
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
-from model_llava import load
-from score_heads import write_json
-from sparsemm import generate
+from model_llava import load, prepare
+from score_heads import Reading, write, write_json
 
 QUESTIONS = [task for task in WORDINGS if task != "transcript"]
 
@@ -48,6 +49,15 @@ def page_size(text):
     return int(width), int(height)
 
 
+def answer(model, asked, right):
+    """What a model writes after a prompt, as text, which is soon found out if it is right."""
+    tokenizer = model.processor.tokenizer
+    limit = len(right) + 32
+    draft = tokenizer(right, add_special_tokens=False).input_ids
+    written = write(model, asked, Reading(len(asked.ids) - 1, room=limit), draft, limit)
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
 def evaluate(model, kind, size, num, seed, transcripts):
     """Results on num pages of a kind and size (width, height), of which the first `transcripts` are
     transcribed, too: of each task the number of pages that have it and the mean score."""
@@ -57,15 +67,15 @@ def evaluate(model, kind, size, num, seed, transcripts):
         page = render_page(rng, kind, *size)
         possible = tasks(page)
         for task in WORDINGS:
-            asked = [entry for entry in possible if entry[0] == task]
-            if not asked or task == "transcript" and i >= transcripts:
+            entries = [entry for entry in possible if entry[0] == task]
+            if not entries or task == "transcript" and i >= transcripts:
                 continue
-            _, about, right = rng.choice(asked)
-            run = generate(model, [page.image], prompt(None, task, about), "full",
-                           max_new_tokens=len(right) + 32)
-            image_tokens = run["image_tokens"]
-            scores[task].append(max(0, 1 - edit_distance(run["text"], right) / len(right))
-                                if task == "transcript" else float(run["text"] == right))
+            _, about, right = rng.choice(entries)
+            asked = prepare(model, [page.image], prompt(None, task, about))
+            image_tokens = asked.image_tokens
+            text = answer(model, asked, right)
+            scores[task].append(max(0, 1 - edit_distance(text, right) / len(right))
+                                if task == "transcript" else float(text == right))
     means = {task: dict(pages=len(of_task), mean=sum(of_task) / len(of_task) if of_task else None)
              for task, of_task in scores.items()}
     return dict(kind=kind, width=size[0], height=size[1], image_tokens=image_tokens, tasks=means)
