@@ -50,7 +50,7 @@ def page_size(text):
 
 
 def answer(model, asked, right):
-    """What a model writes after a prompt, as text, which is soon found out if it is right."""
+    """The text that a model writes after a prompt; fewer passes the more of it is right."""
     tokenizer = model.processor.tokenizer
     limit = len(right) + 32
     draft = tokenizer(right, add_special_tokens=False).input_ids
