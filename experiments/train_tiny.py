@@ -202,7 +202,7 @@ class Qwen2VLLayout:
         visibly over the few columns between two cells of a table, others hardly at all over an
         answer, so that a head can still match content alone. So columns have 10 of the 16
         frequencies, from 0.075 down to 0.0015. With 6 of them and a rope_theta of 100 (0.056 to
-        0.013) transcripts were read well up to the 150th character, and not at all from the 200th.
+        0.013) transcripts were right up to the 150th character; from the 200th half was wrong.
         """
         return Qwen2VLConfig(
             text_config=dict(vocab_size=len(VOCABULARY), hidden_size=256, intermediate_size=512,
