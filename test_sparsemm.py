@@ -1382,7 +1382,7 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
     from experiments import train_tiny
     from experiments.pages import prompt as wording, tasks
     stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0)
-    letters = {i: c for c, i in train_tiny.VOCABULARY.items()}
+    letters, with_hints = {i: c for c, i in train_tiny.VOCABULARY.items()}, 0
     for seed in range(5):
         page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
         possible = {wording(None, *task[:2]): task[2] for task in tasks(page)}
@@ -1403,44 +1403,54 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
             assert all(label in (i, train_tiny.IGNORE) for i, label in zip(ids, labels))
             ends = [i for i, (here, after) in enumerate(zip(labels, labels[1:]))
                     if here == train_tiny.IGNORE != after]                          # of questions
-            values = [(end, *question[len("What is the "):-1].split(" of "))
-                      for end, question in zip(ends, turns[::2]) if " of " in question]
-            assert {i: hint for i, hint in enumerate(hints) if hint != train_tiny.NO_HINTS} == {
-                end: (train_tiny.HINTS.index(column), train_tiny.ITEMS.index(item))
-                for end, column, item in values}
-            assert kind == "table" or not values
+            hinted = {}
+            for end, question in zip(ends, turns[::2]):
+                if question.startswith("What does line "):
+                    number = question[len("What does line "):-len(" say?")]
+                    hinted[end] = (train_tiny.IGNORE,) * 2 + (int(number) - 1,)
+                elif " of " in question and kind == "table":
+                    column, item = question[len("What is the "):-1].split(" of ")
+                    hinted[end] = (train_tiny.HINTS.index(column), train_tiny.ITEMS.index(item),
+                                   train_tiny.IGNORE)
+            assert hinted == {i: hint for i, hint in enumerate(hints)
+                              if hint != train_tiny.NO_HINTS}
+            with_hints += len(hinted)
         assert len(set(asked)) == len(asked)
+    assert with_hints > 5 or kind == "shapes"
 
 
 @pytest.mark.parametrize("kind", ["table", "shapes", "form"])
 @pytest.mark.parametrize("name", TINY)
 def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
-    """An image token whose middle lies in a table's cell or a coloured shape is hinted with it, one
-    that touches none is not; where tokens are, our own loader says."""
+    """An image token whose middle lies in a word is hinted with its line, in a table's cell also
+    with column and item, in a coloured shape with the shape; one that touches nothing is not; where
+    tokens are, our own loader says."""
     from experiments import train_tiny
     stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0, (kind,))
     batch, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], stage, random.Random(5))
     page = train_tiny.render_page(_replayed(random.Random(5), stage), kind, 256, 256)
-    things = [(thing.box, thing.text, None) for thing in page.objects]
-    if kind == "table":
-        things += [(word.box, column.text, line[0].text) for line in page.lines[1:]
-                   for column, word in zip(page.lines[0][1:], line[1:])]
+    things = {thing.box: (train_tiny.HINTS.index(thing.text), train_tiny.IGNORE, train_tiny.IGNORE)
+              for thing in page.objects}
+    for i, line in enumerate(page.lines):
+        things |= {word.box: (train_tiny.IGNORE, train_tiny.IGNORE, i) for word in line}
+        if kind == "table" and i:
+            things |= {word.box: (train_tiny.HINTS.index(column.text),
+                                  train_tiny.ITEMS.index(line[0].text), i)
+                       for column, word in zip(page.lines[0][1:], line[1:])}
     image = model_llava.prepare(tiny[name], [page.image], "What?").images[0]
     hints = batch["hints"][0][batch["input_ids"][0] == train_tiny.IMAGE].tolist()
     found = set()
     for hint, box, of_grid in zip(hints, image.boxes, image.kinds == model_llava.GRID, strict=True):
         (x0, y0, x1, y1), hint = box.tolist(), tuple(hint)
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
-        inside = {(name, item) for (a, b, c, d), name, item in things if a < x < c and b < y < d}
-        touched = any(a < x1 and x0 < c and b < y1 and y0 < d for (a, b, c, d), *_ in things)
+        inside = {of for (a, b, c, d), of in things.items() if a < x < c and b < y < d}
+        touched = any(a < x1 and x0 < c and b < y1 and y0 < d for a, b, c, d in things)
         if of_grid and inside:
-            (column, item), = inside
-            assert hint == (train_tiny.HINTS.index(column),
-                            train_tiny.ITEMS.index(item) if item else train_tiny.IGNORE)
-            found.add((column, item))
+            assert {hint} == inside
+            found.add(hint)
         elif not of_grid or not touched:
             assert hint == train_tiny.NO_HINTS
-    assert len(found) >= {"table": 6, "shapes": 1, "form": 0}[kind]
+    assert len(found) >= {"table": 6, "shapes": 1, "form": 2}[kind]
 
 
 def test_the_second_small_model_learns_from_the_first(tmp_path):

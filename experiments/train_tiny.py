@@ -11,10 +11,11 @@ model_llava.py, is then tested against them):
     language    next-token loss on what pages.tasks asks of a page; the vision loss stays on at half
                 its weight, and so do hints
 
-Hints are linear layers on the output of decoder layer HINTED_LAYER. Where an image token shows a
-cell of a table they name its column and its row's item, where it shows a coloured shape that shape,
-and where an answer about a table begins, the column and the item asked for. They were added when
-the models found the row but took any of its columns; what they do by themselves was not measured.
+Hints are linear layers on the output of decoder layer HINTED_LAYER. Where an image token shows text
+they name its line, in a table also its column and its row's item, where it shows a coloured shape
+that shape, and where an answer begins, the line, or the column and the item, that is asked for.
+They were added when the models found a table's row but took any of its columns, and named lines
+were read badly; what they do by themselves was not measured.
 
 STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
 tell characters apart does not learn to find them either, so vision comes first.
@@ -72,7 +73,8 @@ ROUND = 32                        # conversations are padded to a multiple: few 
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
 HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE)
+LINES = [str(i) for i in range(1, 33)]
+HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE, IGNORE)
 CONVERSATIONS, LONGEST = 5, 96    # conversations about a page; tokens in one of several turns
 VISION_RATE = 0.4                 # share of the learning rate that vision gets in language steps
 ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets
@@ -417,15 +419,18 @@ def cell_contents(page):
 
 
 def cell_hints(page):
-    """(rows, columns, 2) int64: what the cells of a page do not say themselves. The number in HINTS
+    """(rows, columns, 3) int64: what the cells of a page do not say themselves. The number in HINTS
     of the table's column or of the coloured shape that a cell is part of; the number in ITEMS of
-    its table row's item. IGNORE for none."""
-    hints = np.full((page.image.height // CELL, page.image.width // CELL, 2), IGNORE)
-    hinted = [(thing.box, (number(HINTS, thing.text), IGNORE)) for thing in page.objects]
+    its table row's item; the number in LINES of its line. IGNORE for none."""
+    hints = np.full((page.image.height // CELL, page.image.width // CELL, 3), IGNORE)
+    hinted = [(thing.box, (number(HINTS, thing.text), IGNORE, IGNORE)) for thing in page.objects]
     header, *body = page.lines
+    hinted += [(word.box, (IGNORE, IGNORE, i))
+               for i, line in enumerate(page.lines) for word in line]
     if header[0].text == "Item":
-        hinted += [(cell.box, (number(HINTS, column.text), number(ITEMS, item.text)))
-                   for item, *cells in body for column, cell in zip(header[1:], cells)]
+        hinted += [(cell.box, (number(HINTS, column.text), number(ITEMS, item.text), i))
+                   for i, (item, *cells) in enumerate(body, 1)
+                   for column, cell in zip(header[1:], cells)]
     for box, numbers in hinted:
         x0, y0, x1, y1 = (round(edge / CELL) for edge in box)
         hints[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = numbers
@@ -433,9 +438,10 @@ def cell_hints(page):
 
 
 def asked_hints(about):
-    """The same for a question: the column and the item in "Price of Apple"."""
+    """The same for a question: the column and the item in "Price of Apple", the line in "7"."""
     column, _, item = about.partition(" of ")
-    return (number(HINTS, column), number(ITEMS, item)) if item else NO_HINTS
+    return (number(HINTS, column), number(ITEMS, item), IGNORE) if item \
+        else (IGNORE, IGNORE, number(LINES, about))
 
 
 def conversations(stage, rng, page, transcribe):
@@ -470,7 +476,7 @@ def conversations(stage, rng, page, transcribe):
 
 
 def padded(rows, filling, count, length):
-    """Lists of token ids, labels or hints -> (count, length) or (count, length, 2), filled up."""
+    """Lists of token ids, labels or hints -> (count, length) or (count, length, 3), filled up."""
     rows = rows + [[]] * (count - len(rows))
     return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
@@ -554,25 +560,47 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     with torch.autocast(query.device.type, enabled=False):
         query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
         if not module.is_causal:                                                # vision
-            return products(query, key, value).transpose(1, 2).contiguous(), None
+            return PageByPage.apply(query, key, value, False).transpose(1, 2).contiguous(), None
         own = [x[:, :, prefix:].unflatten(2, (conversations, -1)) for x in (query, key, value)]
         shared = [x[:, :, None, :prefix].expand(-1, -1, conversations, -1, -1)
                   for x in (key, value)]
         key_of_all, value_of_all = (torch.cat(pair, 3) for pair in zip(shared, own[1:]))
         output = torch.cat([
-            products(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], causal=True),
-            products(own[0], key_of_all, value_of_all, causal=True).flatten(2, 3)], 2)
+            PageByPage.apply(*(x[:, :, :prefix] for x in (query, key, value)), True),
+            PageByPage.apply(own[0], key_of_all, value_of_all, True).flatten(2, 3)], 2)
     return output.transpose(1, 2).contiguous(), None
 
 
-def products(query, key, value, causal=False):
-    """Attention of (..., N, D) queries over (..., T, D) keys; if causal, the last N of the T tokens
-    are the queries'."""
-    scores = torch.matmul(query, key.transpose(-1, -2))
-    if causal:
-        N, T = scores.shape[-2:]
-        scores += torch.full((N, T), -1e4, dtype=scores.dtype, device=scores.device).triu(T - N + 1)
-    return torch.matmul(scores.softmax(-1), value)
+class PageByPage(torch.autograd.Function):
+    """Attention of (B, ..., N, D) queries over (B, ..., T, D) keys, forward and backward for one
+    page of the batch at a time: on a CPU the scores of all pages leave the cache, and fetching them
+    takes longer than the arithmetic. If causal, the last N of the T tokens are the queries'."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, causal):
+        N, T = query.shape[-2], key.shape[-2]
+        hidden = torch.full((N, N), -1e4, dtype=query.dtype, device=query.device).triu(1)
+        weights, output = [], []
+        for q, k, v in zip(query, key, value):
+            scores = torch.matmul(q, k.transpose(-1, -2))
+            if causal:
+                scores[..., T - N:] += hidden
+            weights.append(scores.softmax(-1))
+            output.append(torch.matmul(weights[-1], v))
+        ctx.save_for_backward(query, key, value, *weights)
+        return torch.stack(output)
+
+    @staticmethod
+    def backward(ctx, of_output):
+        query, key, value, *weights = ctx.saved_tensors
+        gradients = []
+        for q, k, v, p, of_o in zip(query, key, value, weights, of_output):
+            of_p = torch.matmul(of_o, v.transpose(-1, -2))
+            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+            gradients.append((torch.matmul(of_scores, k),
+                              torch.matmul(of_scores.transpose(-1, -2), q),
+                              torch.matmul(p.transpose(-1, -2), of_o)))
+        return *map(torch.stack, zip(*gradients)), None
 
 
 AttentionInterface.register("products", attend)
@@ -615,7 +643,7 @@ class Trainer:
         self.cells = nn.Linear(self.model.config.text_config.hidden_size,
                                CHARS_PER_CELL * len(VOCABULARY)).to(self.device)
         self.hints = nn.ModuleList(nn.Linear(self.cells.in_features, len(names)) for names in
-                                   (HINTS, HINTS, ITEMS)).to(self.device)   # the first is vision's
+                                   (HINTS, HINTS, ITEMS, LINES)).to(self.device)  # first: vision's
         named = dict(self.model.named_parameters())
         vision = {name for name in named if "language_model" not in name}
         matrices = {name for name, p in named.items() if p.ndim == 2 and "embed" not in name}
