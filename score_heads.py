@@ -198,7 +198,7 @@ def read(model, prompt, reading):
 @torch.inference_mode()
 def write(model, prompt, reading, draft, limit=LIMIT):
     """What the model itself writes, greedily, `limit` tokens at most: token ids (n,), without the
-    end token. The Reading holds all of it.
+    end token. The Reading holds all of it; it may hold the prompt up to its images from before.
 
     The draft, token ids (any), is that of speculative decoding (arXiv 2211.17192): a forward pass
     reads a piece of it after what is written so far, and as much of the piece is accepted as the
@@ -208,9 +208,11 @@ def write(model, prompt, reading, draft, limit=LIMIT):
     """
     T, ends, written = len(prompt.ids), model.processor.end_tokens, []
     draft = [token for token in draft if token not in ends]            # only the model ends it
-    guess = draft[:32]
-    hidden = model.hidden_states(prompt.extended(guess), reading)
+    guess, read = draft[:32], reading.length
     while True:
+        text = prompt.extended(written + guess)
+        x = model.decoder.embed_tokens(text.ids[read:]) if read else model.embed(text)
+        hidden = model.decoder(x, text.positions[:, read:], reading)
         chosen = model.logits(hidden[-1 - len(guess):]).argmax(-1).tolist()
         right = next((i for i, token in enumerate(guess) if token != chosen[i]), len(guess))
         written += chosen[:right + 1]
@@ -219,9 +221,6 @@ def write(model, prompt, reading, draft, limit=LIMIT):
         if written[-1] in ends or len(written) >= limit:
             return [token for token in written[:limit] if token not in ends]
         guess = continuation(draft, written)[:min(max(8, 2 * right), limit - len(written))]
-        text = prompt.extended(written + guess)
-        x = model.decoder.embed_tokens(text.ids[read:])
-        hidden = model.decoder(x, text.positions[:, read:], reading)
 
 
 def continuation(draft, written, n=3):

@@ -1524,6 +1524,19 @@ def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, name, samp
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_a_page_that_is_read_once_is_answered_as_if_each_question_were_alone(tiny, name):
+    from experiments.evaluate_tiny import answers
+    samples, image = SAMPLES[:2], open_image(HERE / "tiny" / SAMPLES[0]["image"])
+    assert {sample["image"] for sample in samples} == {SAMPLES[0]["image"]}
+    texts, image_tokens = answers(tiny[name], image, [
+        (sample["prompt"], right) for sample in samples for right in (sample["answer"], "wrong")])
+    alone = [sparsemm.generate(tiny[name], [image], sample["prompt"], method="full")
+             for sample in samples]
+    assert texts == [result["text"] for result in alone for _ in (0, 1)]
+    assert image_tokens == model_llava.prepare(tiny[name], [image], "What?").image_tokens
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_shipped_weights_are_those_of_the_model_card(tiny, name):
     """Loading is strict, so that `tiny` holds exactly the tensors of the file."""
     weights = HERE / "tiny" / name / "model.safetensors"

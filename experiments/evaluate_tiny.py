@@ -5,9 +5,9 @@
 
 For each kind and size of page it prints the mean character accuracy (1 - edit distance / length,
 not below 0) of the transcript and, for every other task (pages.WORDINGS), the share of exact
-answers, one question a page and task. The cache is full. The right answer serves as the draft of
-speculative decoding (score_heads.write): the model writes what it would write anyway, but a right
-answer takes few passes.
+answers, one question a page and task. The cache is full. A page is read once for all questions
+about it, and the right answer serves as the draft of speculative decoding (score_heads.write): the
+model writes what it would write anyway, but a right answer takes few passes.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,13 +50,25 @@ def page_size(text):
     return int(width), int(height)
 
 
-def answer(model, asked, right):
-    """The text that a model writes after a prompt; fewer passes the more of it is right."""
-    tokenizer = model.processor.tokenizer
-    limit = len(right) + 32
-    draft = tokenizer(right, add_special_tokens=False).input_ids
-    written = write(model, asked, Reading(len(asked.ids) - 1, room=limit), draft, limit)
-    return tokenizer.decode(written, skip_special_tokens=True)
+@torch.inference_mode()
+def answers(model, image, questions):
+    """The texts that a model writes, each as if it were asked nothing else, and the number of image
+    tokens. questions: [(prompt, right answer), ...]; the more of an answer is right, the fewer
+    passes it takes."""
+    tokenizer, texts = model.processor.tokenizer, []
+    prompts = [prepare(model, [image], text) for text, _ in questions]
+    page = prompts[0]                                      # what all prompts begin with ends with
+    end = page.starts[0] + page.image_tokens               # the image
+    longest = max(len(asked.ids) + len(right) for asked, (_, right) in zip(prompts, questions))
+    reading = Reading(first=end, room=longest - end + 64)
+    model.hidden_states(replace(page, ids=page.ids[:end], positions=page.positions[:, :end]),
+                        reading)
+    for asked, (_, right) in zip(prompts, questions):
+        reading.cut(end)
+        draft = tokenizer(right, add_special_tokens=False).input_ids
+        written = write(model, asked, reading, draft, limit=len(right) + 32)
+        texts.append(tokenizer.decode(written, skip_special_tokens=True))
+    return texts, page.image_tokens
 
 
 def evaluate(model, kind, size, num, seed, transcripts):
@@ -65,15 +78,16 @@ def evaluate(model, kind, size, num, seed, transcripts):
     for i in tqdm(range(num), desc=f"{kind} {size[0]} x {size[1]}", leave=False):
         rng = random.Random(f"evaluation {seed} {kind} {size} {i}")
         page = render_page(rng, kind, *size)
-        possible = tasks(page)
+        possible, chosen = tasks(page), []
         for task in WORDINGS:
             entries = [entry for entry in possible if entry[0] == task]
-            if not entries or task == "transcript" and i >= transcripts:
-                continue
-            _, about, right = rng.choice(entries)
-            asked = prepare(model, [page.image], prompt(None, task, about))
-            image_tokens = asked.image_tokens
-            text = answer(model, asked, right)
+            if entries and (task != "transcript" or i < transcripts):
+                chosen.append(rng.choice(entries))
+        if not chosen:
+            continue
+        texts, image_tokens = answers(model, page.image, [
+            (prompt(None, task, about), right) for task, about, right in chosen])
+        for text, (task, _, right) in zip(texts, chosen):
             scores[task].append(max(0, 1 - edit_distance(text, right) / len(right))
                                 if task == "transcript" else float(text == right))
     means = {task: dict(pages=len(of_task), mean=sum(of_task) / len(of_task) if of_task else None)
