@@ -91,13 +91,12 @@ class Reading:
 
     def peaks(self):
         """Where every head looks most from each position on from `first`: (L, H, T - first) int64,
-        on the CPU. (The softmax does not move a maximum.) One head at a time: the logits of one
+        on the CPU. (The softmax does not move a maximum.) One KV head at a time: the logits of one
         stay in a processor's cache, those of all would be written to memory and read again."""
         T, peaks = self.length, []
         for q, k, _ in self.layers:
-            q, k, sharing = q[:, :T - self.first], k[:, :T], len(q) // len(k)
-            peaks.append(torch.cat([argmax(attention_logits(q[h:h + 1], k[h // sharing][None]))
-                                    for h in range(len(q))]).cpu())
+            groups = zip(q[:, :T - self.first].split(len(q) // len(k)), k[:, :T].split(1))
+            peaks.append(torch.cat([argmax(attention_logits(*group)) for group in groups]).cpu())
         return torch.stack(peaks)
 
 
