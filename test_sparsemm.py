@@ -1453,6 +1453,43 @@ def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
     assert len(found) >= {"table": 6, "shapes": 1, "form": 2}[kind]
 
 
+def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """Same weights, bit by bit; and the vision tower stands still in steps that are not its own."""
+    from experiments import train_tiny
+    stage = partial(train_tiny.Stage, sizes=((64, 32),), batch=2, rate=1e-2, end_rate=1e-3)
+    monkeypatch.setitem(train_tiny.STAGES, "qwen2-vl", (
+        stage("see", "vision", steps=2), stage("read", "language", steps=3, vision_every=2)))
+    args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, workers=0,
+                           fonts=(None,), report=100, work=tmp_path, out=tmp_path / "whole")
+
+    def trained(args, killed_at=None):
+        """Every state that training saves, which it does after every step here."""
+        states, save = [], train_tiny.Trainer.save
+        def spy(trainer, every=0):
+            if (trainer.stage, trainer.step) == killed_at:
+                raise KeyboardInterrupt
+            save(trainer, 0)
+            states.append({name: p.clone() for name, p in trainer.model.state_dict().items()})
+        with monkeypatch.context() as patch:
+            patch.setattr(train_tiny.Trainer, "save", spy)
+            train_tiny.Trainer(args).run()
+        return states
+
+    whole = trained(args)
+    moved = [any(not torch.equal(before[name], after[name]) for name in before if "visual" in name)
+             for before, after in zip(whole, whole[1:])]
+    assert moved == [True, False, True, False, True, False]      # False also where a stage ends
+    again = SimpleNamespace(**vars(args) | dict(work=tmp_path / "again", out=tmp_path / "other"))
+    again.work.mkdir()
+    for killed_at in ((0, 2), (1, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            trained(again, killed_at)
+    last = trained(again)[-1]
+    assert all(torch.equal(last[name], p) for name, p in whole[-1].items())
+    assert ((tmp_path / "other" / "model.safetensors").read_bytes()
+            == (tmp_path / "whole" / "model.safetensors").read_bytes())
+
+
 def test_the_second_small_model_learns_from_the_first(tmp_path):
     """Which of the teacher's image tokens shows the same cell; whose heads and neurons the decoder
     starts with: query head h has the keys and values that it had in its group."""
