@@ -132,7 +132,7 @@ STAGES = {
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
         Stage("columns", "language", ((256, 64), (256, 96), (256, 128)), 8, 500, 2e-3, 2e-3,
               MOSTLY_TABLES, wear=0.05, rewording=0.1, transcripts=0.1),
-        Stage("last", "language", ((256, 128), (256, 192), *[(256, 256)] * 3, (256, 384)), 8, 2400,
+        Stage("last", "language", ((256, 128), (256, 192), *[(256, 256)] * 3, (256, 384)), 8, 2100,
               2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=3),
     ),
     "llava-next": (
@@ -148,9 +148,9 @@ STAGES = {
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
         Stage("wide", "vision", ((256, 128), (128, 256)), 12, 5500, 1.5e-3, 5e-5, EVERY_KIND,
               wear=0.1),
-        Stage("columns", "language", ((256, 128),), 8, 500, 2e-3, 2e-3, MOSTLY_TABLES, wear=0.05,
+        Stage("columns", "language", ((256, 128),), 8, 350, 2e-3, 2e-3, MOSTLY_TABLES, wear=0.05,
               rewording=0.1, transcripts=0.1),
-        Stage("last", "language", (*[(256, 128)] * 2, *[(256, 256)] * 2, (256, 384)), 8, 1800,
+        Stage("last", "language", (*[(256, 128)] * 2, *[(256, 256)] * 2, (256, 384)), 8, 1250,
               2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35),
     ),
 }
