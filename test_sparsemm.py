@@ -1453,6 +1453,22 @@ def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
     assert len(found) >= {"table": 6, "shapes": 1, "form": 2}[kind]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_training_has_the_gradients_of_its_definition(causal):
+    from experiments.train_tiny import PageByPage
+    (B, H, N, T, D), made = (3, 2, 4, 7, 5), []
+    for attend in (PageByPage.apply, None):
+        torch.manual_seed(1)
+        q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True)
+                   for n in (N, T, T))
+        future = torch.ones(N, T, dtype=torch.bool).triu(T - N + 1) & causal
+        out = (attend(q, k, v, causal) if attend else
+               (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1) @ v)
+        out.pow(3).sum().backward()
+        made.append((out, q.grad, k.grad, v.grad))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*made))
+
+
 def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     """Same weights, bit by bit; and the vision tower stands still in steps that are not its own."""
     from experiments import train_tiny

@@ -276,7 +276,7 @@ class LlavaNextLayout:
                         image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
 
     def config(self):
-        """8 layers x 8 heads x 32: 64 heads, 6.0 M parameters. The vision tower is wide since a
+        """8 layers x 8 heads x 32: 64 heads, 5.9 M parameters. The vision tower is wide since a
         patch of 256 gray values enters it by a single layer: with a width of 128 similar
         characters were confused. Unlike in the published models all of its layers are used
         (vision_feature_layer is -1), which leaves the decoder more of the 12 MB."""
