@@ -52,6 +52,7 @@ from sparsemm import SCORES_FILE
 
 OCR_PROMPT = "Provide all the OCR results of this image."
 LIMIT = 1024                    # so many tokens does a model write at most
+PEAK_ROWS = 64                  # of so many tokens are the attention logits held at once
 
 
 # ---- one transcript ------------------------------------------------------------------------------
@@ -91,12 +92,17 @@ class Reading:
 
     def peaks(self):
         """Where every head looks most from each position on from `first`: (L, H, T - first) int64,
-        on the CPU. (The softmax does not move a maximum.) One KV head at a time: the logits of one
-        stay in a processor's cache, those of all would be written to memory and read again."""
-        T, peaks = self.length, []
+        on the CPU. (The softmax does not move a maximum.) Some rows at a time: their logits stay in
+        a processor's cache, those of all would be written to memory and read again; and the keys
+        behind the last of them are left out."""
+        peaks = []
         for q, k, _ in self.layers:
-            groups = zip(q[:, :T - self.first].split(len(q) // len(k)), k[:, :T].split(1))
-            peaks.append(torch.cat([argmax(attention_logits(*group)) for group in groups]).cpu())
+            found = []
+            for start in range(self.first, self.length, PEAK_ROWS):
+                end = min(start + PEAK_ROWS, self.length)
+                rows = q[:, start - self.first:end - self.first]
+                found.append(argmax(attention_logits(rows, k[:, :end])))
+            peaks.append(torch.cat(found, 1).cpu())
         return torch.stack(peaks)
 
 

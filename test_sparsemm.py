@@ -1375,7 +1375,24 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
         assert (got - torch.cat([expected[0], logits])).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["form", "table", "letter", "shapes"])
+def test_pages_of_fields_have_their_values_below_or_behind_the_keys():
+    from experiments.pages import render_page
+    below = 0
+    for seed in range(20):
+        page = render_page(random.Random(seed), "fields", 256, 128)
+        words = {word.text.rstrip(":"): (i, word.box) for i, line in enumerate(page.lines)
+                 for word in line}
+        assert page.questions
+        for key, value in page.questions:
+            (row, box), (row_of_value, box_of_value) = words[key], words[value]
+            assert row_of_value in (row, row + 1)
+            below += row_of_value > row
+            # the ink of a letter begins up to two pixels behind where it is drawn
+            assert (abs(box[0] - box_of_value[0]) <= 3) == (row_of_value > row)
+    assert below > 40
+
+
+@pytest.mark.parametrize("kind", ["form", "fields", "table", "letter", "shapes"])
 def test_conversations_in_training_ask_what_the_page_answers(kind):
     """Every turn is a question about the page and its right answer, none comes twice, and the loss
     is on the answers and their ends alone."""

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 KINDS = ("lines", "form", "receipt", "table", "letter", "label", "sign", "shapes")
+TRAINING_KINDS = ("fields",)      # drawn on the way to the others
 
 KEYS = """Name Date Order Phone City Code Ref Due Paid Qty Room Seat Gate Bill Unit Plan Rate Zone
 Lot Type Mode Size Color Model Serial Account Invoice Customer Amount Balance Ticket Flight Street
@@ -218,6 +219,28 @@ def table_rows(rng, count):
     return rows, questions
 
 
+def fields_rows(rng, count):
+    """Rows of a form whose keys stand above their values, some side by side, or now and then before
+    them. The keys are those of tables, too: here the column alone says which value is meant."""
+    keys = list(dict.fromkeys(COLUMNS + KEYS[:20]))
+    rng.shuffle(keys)
+
+    def value():
+        return random_price(rng) if rng.random() < 0.5 else random_short(rng)
+
+    if count < 2 or rng.random() < 0.2:
+        questions = [(key, value()) for key in keys[:count]]
+        return [[(key + ":", "left"), (value, "column")] for key, value in questions], questions
+    rows, questions = [], []
+    while len(rows) + 2 <= count and len(keys) >= 4:
+        starts = rng.choice([["left", 0.5], ["left", 0.36, 0.68], ["left", 0.36, 0.68],
+                             ["left", 0.30, 0.54, 0.78]])
+        side_by_side = [(keys.pop(), value()) for _ in starts]
+        rows += [list(zip(texts, starts)) for texts in zip(*side_by_side)]
+        questions += side_by_side
+    return rows, questions
+
+
 def letter_rows(rng, count):
     """Rows of a letter: the address, lines of common words and some that cannot be guessed, and the
     sender's name."""
@@ -244,7 +267,8 @@ def sign_rows(rng, count):
 
 
 ROWS = {"lines": text_rows, "form": form_rows, "receipt": receipt_rows, "table": table_rows,
-        "letter": letter_rows, "label": label_rows, "sign": sign_rows, "shapes": text_rows}
+        "letter": letter_rows, "label": label_rows, "sign": sign_rows, "shapes": text_rows,
+        "fields": fields_rows}
 
 
 # ---- how it is drawn -----------------------------------------------------------------------------
@@ -315,12 +339,13 @@ def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0
                 fonts=(None,)):
     """Renders one page.
 
-    rng: random.Random, the only source of chance; kind: one of KINDS; width, height: pixels; sizes:
-    smallest and largest font size in pixels (a sign's is up to twice as large); max_rows: at most
-    so many lines; noise: largest standard deviation of the Gaussian noise, as a share of the range
-    from black to white; wear: probability of each of three defects, an uneven background, a
-    rotation by up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files to choose from, None
-    for the built-in font. Rows that do not fit are left out, and so are their questions.
+    rng: random.Random, the only source of chance; kind: one of KINDS or TRAINING_KINDS; width,
+    height: pixels; sizes: smallest and largest font size in pixels (a sign's is up to twice as
+    large); max_rows: at most so many lines; noise: largest standard deviation of the Gaussian
+    noise, as a share of the range from black to white; wear: probability of each of three defects,
+    an uneven background, a rotation by up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files
+    to choose from, None for the built-in font. Rows that do not fit are left out, and so are their
+    questions.
     """
     background, ink = random_colors(rng)
     uneven = rng.randint(8, 30) if rng.random() < wear else 0
@@ -336,17 +361,17 @@ def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0
     margin, column = rng.randint(2, max(2, width // 24)), round(width * rng.uniform(0.35, 0.55))
     y = rng.randint(0, max(0, text_height - 2 - pitch * len(rows)))
     page = Page(image)
-    drawn = []                                              # the first part of each row on the page
+    drawn = []                                              # the parts of the rows on the page
     for row in rows:
         line, complete = draw_row(draw, row, font, y, margin, column, width, ink,
                                   space=rng.uniform(1.0, 1.6),
                                   may_break=kind in ("lines", "letter", "shapes"))
         if complete:
             page.lines.append(line)
-            drawn.append(row[0][0].rstrip(":"))
+            drawn += [text.rstrip(":") for text, _ in row]
         y += pitch
     page.questions = [(key, value) for key, value in questions
-                      if key.split(" of ")[-1] in drawn]
+                      if key.split(" of ")[-1] in drawn and value.rstrip(":") in drawn]
     if not page.lines:                                  # nothing fitted: one short word always does
         page.lines = [draw_row(draw, [(random_word(rng)[:3], "left")], font, 0, 2, column, width,
                                ink, 1.0, True)[0]]
@@ -408,7 +433,7 @@ def draw_row(draw, row, font, y, margin, column, width, ink, space, may_break):
 
 def main():
     parser = argparse.ArgumentParser(description="Render one page.")
-    parser.add_argument("--kind", choices=KINDS, default="receipt")
+    parser.add_argument("--kind", choices=KINDS + TRAINING_KINDS, default="receipt")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--height", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)

@@ -15,7 +15,9 @@ Hints are linear layers on the output of decoder layer HINTED_LAYER. Where an im
 they name its line, in a table also its column and its row's item, where it shows a coloured shape
 that shape, and where an answer begins, the line, or the column and the item, that is asked for.
 They were added when the models found a table's row but took any of its columns, and named lines
-were read badly; what they do by themselves was not measured.
+were read badly; what they do by themselves was not measured. They were not enough: the hinted layer
+told columns apart, and the heads that look answers up, in the last layers, did not ask for them,
+until pages of the kind "fields", where the column alone says which value is meant, were mixed in.
 
 STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
 tell characters apart does not learn to find them either, so vision comes first.
@@ -109,6 +111,10 @@ MOSTLY_TABLES = (*["table"] * 10, *["shapes"] * 4, *["form"] * 3, "receipt", "la
                  "letter")
 LAST_KINDS = (*["form"] * 7, *["table"] * 6, *["label"] * 3, *["shapes"] * 3, *["lines"] * 3,
               *["letter"] * 3, *["receipt"] * 2, *["sign"] * 2)
+FIELDS_AND_TABLES = (*["fields"] * 9, *["table"] * 8, *["form"] * 2, *["shapes"] * 2, "receipt",
+                     "label", "lines", "letter")
+WEAK_KINDS = (*["shapes"] * 6, *["form"] * 5, *["sign"] * 5, *["table"] * 4, *["lines"] * 4,
+              *["letter"] * 4, *["label"] * 3, *["receipt"] * 2)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -132,8 +138,17 @@ STAGES = {
               EVERY_KIND, wear=0.05, rewording=0.1, transcripts=0.25),
         Stage("columns", "language", ((256, 64), (256, 96), (256, 128)), 8, 500, 2e-3, 2e-3,
               MOSTLY_TABLES, wear=0.05, rewording=0.1, transcripts=0.1),
-        Stage("last", "language", ((256, 128), (256, 192), *[(256, 256)] * 3, (256, 384)), 8, 2100,
+        Stage("lines", "language", ((256, 128), (256, 192), *[(256, 256)] * 3, (256, 384)), 8, 2100,
               2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=3),
+        Stage("tables", "language", ((256, 96), (256, 128), (256, 128), (256, 192)), 8, 1000,
+              1.5e-3, 3.75e-4, FIELDS_AND_TABLES, wear=0.05, rewording=0.1, transcripts=0.1,
+              vision_every=3),
+        Stage("finish", "language", ((256, 128), (256, 192), *[(256, 256)] * 3, (256, 384)), 8,
+              1400, 1.2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35,
+              vision_every=3),
+        Stage("polish", "language", ((256, 128), (256, 192), *[(256, 256)] * 2, (256, 384)), 8,
+              520, 7e-4, 1e-5, WEAK_KINDS, wear=0.05, rewording=0.1, transcripts=0.4,
+              vision_every=3),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -150,8 +165,15 @@ STAGES = {
               wear=0.1),
         Stage("columns", "language", ((256, 128),), 8, 350, 2e-3, 2e-3, MOSTLY_TABLES, wear=0.05,
               rewording=0.1, transcripts=0.1),
-        Stage("last", "language", (*[(256, 128)] * 2, *[(256, 256)] * 2, (256, 384)), 8, 1250,
+        Stage("lines", "language", (*[(256, 128)] * 2, *[(256, 256)] * 2, (256, 384)), 8, 1250,
               2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35),
+        Stage("tables", "language", ((256, 128),), 8, 1000, 1.5e-3, 3.75e-4, FIELDS_AND_TABLES,
+              wear=0.05, rewording=0.1, transcripts=0.1, vision_every=2),
+        Stage("finish", "language", (*[(256, 128)] * 2, *[(256, 256)] * 2, (256, 384)), 8, 1400,
+              1.2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35,
+              vision_every=2),
+        Stage("polish", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 700, 7e-4, 1e-5,
+              WEAK_KINDS, wear=0.05, rewording=0.1, transcripts=0.4, vision_every=2),
     ),
 }
 
