@@ -402,7 +402,8 @@ def main():
     out = Path(args.out or Path(__file__).parent / "results" / f"bench-{args.part}.json")
     out.parent.mkdir(exist_ok=True)
     write_json(dict(command="python experiments/bench.py " + " ".join(sys.argv[1:]),
-                    machine=machine, dtype=args.dtype, torch=torch.__version__,
+                    machine=machine, torch=torch.__version__,
+                    dtype=dtypes if args.part == "scoring" else args.dtype,
                     transformers=transformers.__version__, seed=args.seed, results=results), out)
     out.with_suffix(".md").write_text(table + "\n")
 
