@@ -230,7 +230,7 @@ def fields_rows(rng, count):
 
     if count < 2 or rng.random() < 0.2:
         questions = [(key, value()) for key in keys[:count]]
-        return [[(key + ":", "left"), (value, "column")] for key, value in questions], questions
+        return [[(key + ":", "left"), (text, "column")] for key, text in questions], questions
     rows, questions = [], []
     while len(rows) + 2 <= count and len(keys) >= 4:
         starts = rng.choice([["left", 0.5], ["left", 0.36, 0.68], ["left", 0.36, 0.68],
