@@ -395,8 +395,8 @@ class KVCache:
     """
 
     def __init__(self, method, window=32, reserve=0, by_head=False):
-        """method: a Method; reserve: how many tokens will be appended at most; by_head: decode with
-        the explicit loop over heads, the definition, instead of the fast products."""
+        """method: a Method; reserve: how many tokens will be appended at most; by_head: prefill
+        and decode with the explicit loops over heads, the definition, instead of the fast products."""
         self.method, self.window, self.reserve, self.by_head = method, window, reserve, by_head
         self.column = None                    # see fix_shapes
         self.layers = []

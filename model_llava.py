@@ -187,8 +187,8 @@ def rotate(x, cos, sin):
 def prefill_attention(q, k, v):
     """Causal attention over a whole prompt. q: (H, T, D); k, v: (G, T, D). Returns (H, T, D).
 
-    One head at a time: keys and values are never repeated for the query heads that share them, and
-    the fused kernel never holds a T x T matrix.
+    One head at a time, the definition; what runs by default is its fast twin. The fused kernel
+    never holds a T x T matrix.
     """
     H, G = q.shape[0], k.shape[0]
     out = torch.empty_like(q)
@@ -197,6 +197,16 @@ def prefill_attention(q, k, v):
             out[h] = F.scaled_dot_product_attention(q[None, None, h], k[None, None, g],
                                                     v[None, None, g], is_causal=True)[0, 0]
     return out
+
+
+def fast_prefill_attention(q, k, v):
+    """prefill_attention in one call: a single head is too little work to keep a GPU busy. Keys and
+    values are repeated for the query heads that share them by their strides alone, not in memory.
+    """
+    (H, T, D), G = q.shape, k.shape[0]
+    k, v = (x[:, None].expand(-1, H // G, -1, -1) for x in (k, v))           # (G, H/G, T, D)
+    out = F.scaled_dot_product_attention(q.reshape(G, H // G, T, D), k, v, is_causal=True)
+    return out.reshape(H, T, D)
 
 
 def decode_attention(q, heads):
@@ -239,12 +249,12 @@ class Attention(nn.Module):
         of which the cache keeps a part; each later one decodes one token. Without a cache every
         call is a prefill."""
         q, k, v = self.project(x, cos, sin)
+        by_head = cache is not None and cache.by_head
         if cache is not None and layer < len(cache):
             cache.append(layer, k, v)
-            out = (decode_attention(q, cache[layer]) if cache.by_head
-                   else cache.attend(layer, q))
+            out = decode_attention(q, cache[layer]) if by_head else cache.attend(layer, q)
         else:
-            out = prefill_attention(q, k, v)
+            out = (prefill_attention if by_head else fast_prefill_attention)(q, k, v)
             if cache is not None:
                 cache.compress(layer, q, k, v)
         return self.o_proj(out.transpose(0, 1).flatten(1))                 # (H, T, D) -> (T, H*D)

@@ -836,7 +836,7 @@ def test_fastv_hides_the_image_tokens_that_the_last_query_looks_at_least(checkpo
         return torch.nn.functional.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)[0]
 
-    monkeypatch.setattr(model_llava, "prefill_attention", hiding)
+    monkeypatch.setattr(model_llava, "fast_prefill_attention", hiding)
     with torch.inference_mode():
         expected = ours.hidden_states(prompt)[left]
     assert (hidden - expected).abs().max() < 1e-4
@@ -1001,9 +1001,23 @@ def test_prefill_memory_does_not_grow_with_the_square_of_the_prompt(checkpoints)
     assert largest[1] <= 2.05 * largest[0] and largest[1] < 2000 * 2000 / 4
     # and what the fused kernel uses inside: one head over 12,000 tokens, whose square would take
     # 576 MB in float32
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model_llava.prefill_attention(*(torch.randn(1, 12000, 8) for _ in range(3)))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000         # kilobytes
+    for attention in (model_llava.prefill_attention, model_llava.fast_prefill_attention):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        attention(*(torch.randn(1, 12000, 8) for _ in range(3)))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000     # kilobytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (5, 1)])
+def test_fast_prefill_equals_the_loop_and_copies_no_keys(H, G, dtype):
+    torch.manual_seed(0)
+    T, D = 300, 16
+    q, k, v = (torch.randn(T, n, D).to(dtype).transpose(0, 1) for n in (H, G, G))   # as projected
+    expected = model_llava.prefill_attention(q, k, v)
+    with LargestTensor() as seen:
+        out = model_llava.fast_prefill_attention(q, k, v)
+    assert torch.allclose(out, expected, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert out.shape == (H, T, D) and seen.elements <= H * T * D
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -1403,7 +1417,7 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
     from experiments import train_tiny
     from experiments.pages import prompt as wording, tasks
     stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0)
-    letters, with_hints = {i: c for c, i in train_tiny.VOCABULARY.items()}, 0
+    letters = {i: c for c, i in train_tiny.VOCABULARY.items()}
     for seed in range(5):
         page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
         possible = {wording(None, *task[:2]): task[2] for task in tasks(page)}
@@ -1411,7 +1425,7 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
         assert page.text in "".join(map(letters.get, ids))
         said, asked = train_tiny.conversations(stage, random.Random(seed), page, False), []
         assert 0 < len(said) <= train_tiny.CONVERSATIONS
-        for ids, labels, hints in said:
+        for ids, labels, _ in said:
             text = "".join(map(letters.get, ids))
             turns = [turn.removeprefix("<|im_start|>") for turn in text.split("<|im_end|>")]
             assert turns.pop() == "" and text.count("<|im_start|>") == len(turns) / 2 - 1
@@ -1422,22 +1436,44 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
             learnt = "".join(letters[i] for i in labels if i != train_tiny.IGNORE)
             assert learnt == "".join(answer + "<|im_end|>" for answer in turns[1::2])
             assert all(label in (i, train_tiny.IGNORE) for i, label in zip(ids, labels))
-            ends = [i for i, (here, after) in enumerate(zip(labels, labels[1:]))
-                    if here == train_tiny.IGNORE != after]                          # of questions
-            hinted = {}
-            for end, question in zip(ends, turns[::2]):
-                if question.startswith("What does line "):
-                    number = question[len("What does line "):-len(" say?")]
-                    hinted[end] = (train_tiny.IGNORE,) * 2 + (int(number) - 1,)
-                elif " of " in question and kind == "table":
-                    column, item = question[len("What is the "):-1].split(" of ")
-                    hinted[end] = (train_tiny.HINTS.index(column), train_tiny.ITEMS.index(item),
-                                   train_tiny.IGNORE)
-            assert hinted == {i: hint for i, hint in enumerate(hints)
-                              if hint != train_tiny.NO_HINTS}
-            with_hints += len(hinted)
         assert len(set(asked)) == len(asked)
-    assert with_hints > 5 or kind == "shapes"
+
+
+@pytest.mark.parametrize("transcribe", [True, False])
+@pytest.mark.parametrize("kind", ["form", "table", "letter", "shapes"])
+def test_hints_in_training_name_what_the_next_character_belongs_to(kind, transcribe):
+    """Its line or shape, or what the question says; where no character of an answer is to be
+    written, nothing."""
+    from experiments import train_tiny
+    stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0)
+    letters, found = {i: c for c, i in train_tiny.VOCABULARY.items()}, set()
+    for seed in range(5):
+        page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
+        for ids, labels, hints in train_tiny.conversations(stage, random.Random(seed), page,
+                                                           transcribe):
+            turns, said = "".join(map(letters.get, ids)).split("<|im_end|>"), ""
+            expected = []
+            for question, answer in zip(turns[::2], turns[1::2]):
+                question = question.removeprefix("<|im_start|>")
+                column = item = line = train_tiny.IGNORE
+                if question.startswith("What is the ") and kind == "table":
+                    column, item = question[len("What is the "):-1].split(" of ")
+                    column, item = train_tiny.HINTS.index(column), train_tiny.ITEMS.index(item)
+                asked = len(question) + (said != "")                  # with its <|im_start|>
+                expected += [train_tiny.NO_HINTS] * asked
+                for written in range(len(answer) + 1):
+                    if question.startswith("What does line "):
+                        line = int(question[len("What does line "):-len(" say?")]) - 1
+                    elif transcribe:
+                        line = answer[:written].count("\n")
+                    elif kind == "shapes":
+                        line = train_tiny.LINES.index("shape 1") + answer[:written].count(",")
+                    expected.append((column, item, line))
+                expected.append(train_tiny.NO_HINTS)
+                said += answer
+            assert hints == expected
+            found |= set(hints)
+    assert len(found) > 3
 
 
 @pytest.mark.parametrize("kind", ["table", "shapes", "form"])
@@ -1450,8 +1486,9 @@ def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
     stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0, (kind,))
     batch, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], stage, random.Random(5))
     page = train_tiny.render_page(_replayed(random.Random(5), stage), kind, 256, 256)
-    things = {thing.box: (train_tiny.HINTS.index(thing.text), train_tiny.IGNORE, train_tiny.IGNORE)
-              for thing in page.objects}
+    things = {thing.box: (train_tiny.HINTS.index(thing.text), train_tiny.IGNORE,
+                          train_tiny.LINES.index(f"shape {i}"))
+              for i, thing in enumerate(page.objects, 1)}
     for i, line in enumerate(page.lines):
         things |= {word.box: (train_tiny.IGNORE, train_tiny.IGNORE, i) for word in line}
         if kind == "table" and i:

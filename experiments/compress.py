@@ -47,6 +47,8 @@ class Prefill:
     """Stands where a cache would, and keeps of every layer all keys and values and the last
     queries: what any setting needs to compress it."""
 
+    by_head = False
+
     def __init__(self, model, image, text, rows=64):
         """rows: how many queries are kept, the largest observation window."""
         self.model, self.rows, self.q, self.k, self.v = model, rows, [], [], []

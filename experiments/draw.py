@@ -117,6 +117,8 @@ def heat_map(scores, path, title="visual scores of the heads", cell=16):
 class RowReader:
     """Stands where a cache would, and keeps the last `rows` attention rows of some heads."""
 
+    by_head = False
+
     def __init__(self, heads, rows):
         self.heads, self.rows, self.layers, self.maps = heads, rows, 0, {}
 

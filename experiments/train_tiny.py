@@ -75,10 +75,9 @@ ROUND = 32                        # conversations are padded to a multiple: few 
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
 HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-LINES = [str(i) for i in range(1, 33)]
+LINES = [str(i) for i in range(1, 29)] + [f"shape {i}" for i in range(1, 5)]
 HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE, IGNORE)
 CONVERSATIONS, LONGEST = 5, 96    # conversations about a page; tokens in one of several turns
-VISION_RATE = 0.4                 # share of the learning rate that vision gets in language steps
 ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets
 
 
@@ -96,7 +95,8 @@ class Stage:
     wear: float = 0.0     # see pages.render_page
     rewording: float = 0.0      # share of prompts that are not the first wording
     transcripts: float = 0.4    # share of batches whose pages are transcribed
-    vision_every: int = 1       # in language steps the vision tower learns in one of so many
+    vision_every: int = 1       # in language steps the vision tower learns in one of so many ...
+    vision_rate: float = 0.4    # ... at this share of the learning rate
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -304,12 +304,12 @@ class LlavaNextLayout:
         (vision_feature_layer is -1), which leaves the decoder more of the 12 MB."""
         return LlavaNextConfig(
             text_config=LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=256,
-                                    intermediate_size=376, num_hidden_layers=8,
+                                    intermediate_size=312, num_hidden_layers=8,
                                     num_attention_heads=8, num_key_value_heads=8,
                                     max_position_embeddings=8192, rope_theta=100000.0,
                                     tie_word_embeddings=True, bos_token_id=END,
                                     eos_token_id=IM_END, pad_token_id=END),
-            vision_config=CLIPVisionConfig(hidden_size=192, intermediate_size=384,
+            vision_config=CLIPVisionConfig(hidden_size=192, intermediate_size=640,
                                            num_hidden_layers=4, num_attention_heads=6,
                                            image_size=self.tile, patch_size=CELL,
                                            projection_dim=128),
@@ -435,9 +435,10 @@ def cell_contents(page):
 def cell_hints(page):
     """(rows, columns, 3) int64: what the cells of a page do not say themselves. The number in HINTS
     of the table's column or of the coloured shape that a cell is part of; the number in ITEMS of
-    its table row's item; the number in LINES of its line. IGNORE for none."""
+    its table row's item; the number in LINES of its line or shape. IGNORE for none."""
     hints = np.full((page.image.height // CELL, page.image.width // CELL, 3), IGNORE)
-    hinted = [(thing.box, (number(HINTS, thing.text), IGNORE, IGNORE)) for thing in page.objects]
+    hinted = [(thing.box, (number(HINTS, thing.text), IGNORE, number(LINES, f"shape {i}")))
+              for i, thing in enumerate(page.objects, 1)]
     header, *body = page.lines
     hinted += [(word.box, (IGNORE, IGNORE, i))
                for i, line in enumerate(page.lines) for word in line]
@@ -451,17 +452,23 @@ def cell_hints(page):
     return hints
 
 
-def asked_hints(about):
-    """The same for a question: the column and the item in "Price of Apple", the line in "7"."""
-    column, _, item = about.partition(" of ")
-    return (number(HINTS, column), number(ITEMS, item), IGNORE) if item \
-        else (IGNORE, IGNORE, number(LINES, about))
+def answer_hints(task, about, answer):
+    """The same for each character of an answer and its end: the column and the item in "Price of
+    Apple", the line that is written or the shape that is named."""
+    column, _, item = (about or "").partition(" of ")
+    hints, order = (number(HINTS, column), number(ITEMS, item)) if item else (IGNORE, IGNORE), 1
+    numbers = []
+    for before in " " + answer:
+        order += before == {"transcript": "\n", "shapes": ","}.get(task)
+        line = {"transcript": str(order), "shapes": f"shape {order}", "line": about}.get(task)
+        numbers.append((*hints, number(LINES, line)))
+    return numbers
 
 
 def conversations(stage, rng, page, transcribe):
     """What is said about one page after its image: its transcript, or some conversations of a few
-    questions and answers. Returns [(token ids, labels, hints), ...]; a question's hints are at its
-    last token, where the answer begins."""
+    questions and answers. Returns [(token ids, labels, hints), ...]; the hints for a character are
+    at the token before it, which writes it."""
     transcript, *questions = tasks(page)
     values = [question for question in questions if question[0] == "value"]
     others = [question for question in questions if question[0] != "value"]
@@ -484,8 +491,7 @@ def conversations(stage, rng, page, transcribe):
         ids, labels, hints = said[-1]
         ids.extend(asked + answered)
         labels.extend([IGNORE] * len(asked) + answered)
-        hints.extend([NO_HINTS] * (len(asked) - 1) + [asked_hints(about)]
-                     + [NO_HINTS] * len(answered))
+        hints.extend([NO_HINTS] * (len(asked) - 1) + answer_hints(task, about, answer) + [NO_HINTS])
     return said
 
 
@@ -799,7 +805,7 @@ class Trainer:
         """Linear from the stage's first to its last rate, after a warm-up of 50 steps."""
         rate = stage.rate + (stage.end_rate - stage.rate) * self.step / stage.steps
         rate *= min(1, (self.step + 1) / 50)
-        slower = VISION_RATE if stage.step == "language" else 1
+        slower = stage.vision_rate if stage.step == "language" else 1
         for optimizer, own, of_vision in zip(self.optimizers, (1, ADAMW_RATE, 1),
                                              (slower, slower, 1)):
             vision, language = optimizer.param_groups
