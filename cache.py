@@ -396,7 +396,7 @@ class KVCache:
 
     def __init__(self, method, window=32, reserve=0, by_head=False):
         """method: a Method; reserve: how many tokens will be appended at most; by_head: prefill
-        and decode with the explicit loops over heads, the definition, instead of the fast products."""
+        and decode with the explicit loops over heads, the definition, not with their fast twins."""
         self.method, self.window, self.reserve, self.by_head = method, window, reserve, by_head
         self.column = None                    # see fix_shapes
         self.layers = []

@@ -7,8 +7,9 @@
                                     KV cache, a list of tensors for each head (cache.py)
 
 Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its
-attention is a loop over KV heads and the query heads of each group, since heads are what SparseMM
-is about. What differs is the vision tower, and how an image becomes a row of tokens:
+attention is defined by a loop over KV heads and the query heads of each group, since heads are what
+SparseMM is about; what runs is its fast twin. What differs is the vision tower, and how an image
+becomes a row of tokens:
 
     LLaVA-NeXT  CLIP sees square tiles. First comes a thumbnail of the whole image, then the tiles
                 row by row, without the padding, a learned newline token behind each row.
