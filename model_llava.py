@@ -201,9 +201,8 @@ def prefill_attention(q, k, v):
 
 
 def fast_prefill_attention(q, k, v):
-    """prefill_attention in one call: a single head is too little work to keep a GPU busy. Keys and
-    values are repeated for the query heads that share them by their strides alone, not in memory.
-    """
+    """The fast twin of prefill_attention: all heads in one call. Keys and values are repeated for
+    the query heads that share them by their strides alone, not in memory."""
     (H, T, D), G = q.shape, k.shape[0]
     k, v = (x[:, None].expand(-1, H // G, -1, -1) for x in (k, v))           # (G, H/G, T, D)
     out = F.scaled_dot_product_attention(q.reshape(G, H // G, T, D), k, v, is_causal=True)
