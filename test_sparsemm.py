@@ -54,8 +54,8 @@ HERE = Path(__file__).parent
 TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
 FLOORS = [("qwen2-vl", "form", (256, 128), 8), ("qwen2-vl", "form", (256, 256), 8),
           ("qwen2-vl", "receipt", (256, 256), 9), ("qwen2-vl", "table", (256, 256), 9),
-          ("llava-next", "form", (256, 128), 8), ("llava-next", "form", (256, 256), 7),
-          ("llava-next", "receipt", (256, 256), 7), ("llava-next", "table", (256, 256), 8)]
+          ("llava-next", "form", (256, 128), 8), ("llava-next", "form", (256, 256), 8),
+          ("llava-next", "receipt", (256, 256), 7), ("llava-next", "table", (256, 256), 9)]
                                                         # small model, page, pixels, right of ten
 SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 

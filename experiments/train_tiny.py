@@ -79,7 +79,8 @@ HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 LINES = [str(i) for i in range(1, 29)] + [f"shape {i}" for i in range(1, 5)]
 HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE, IGNORE)
 CONVERSATIONS, LONGEST = 5, 96    # conversations about a page; tokens in one of several turns
-ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets
+ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets ...
+HINT_RATE = 0.1                   # ... and the layers for hints; at 1 their loss jumped to 12
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,14 @@ DENSE_KINDS = (*["lines"] * 6, *["letter"] * 5, *["sign"] * 5, *["shapes"] * 6, 
                *["table"] * 4, *["label"] * 3, *["receipt"] * 2)
 FAR_KINDS = (*["lines"] * 7, *["letter"] * 5, *["sign"] * 9, *["shapes"] * 6, *["form"] * 5,
              *["table"] * 6, "fields", *["label"] * 3, *["receipt"] * 2)
+MOSTLY_SHAPES = (*["shapes"] * 14, *["lines"] * 3, *["letter"] * 2, *["sign"] * 2, *["form"] * 2,
+                 *["table"] * 2, "label")
+GLYPH_KINDS = (*["lines"] * 9, *["letter"] * 5, *["form"] * 5, *["table"] * 4, *["sign"] * 4,
+               *["label"] * 3, *["shapes"] * 3, *["receipt"] * 2)
+LAST_OF_QWEN = (*["shapes"] * 10, *["lines"] * 8, *["letter"] * 7, *["sign"] * 5,
+                *["form"] * 5, *["table"] * 4, *["label"] * 3, *["receipt"] * 2, "fields")
+LAST_OF_LLAVA = (*["shapes"] * 9, *["lines"] * 7, *["form"] * 6, *["letter"] * 5,
+                 *["sign"] * 5, *["table"] * 5, *["label"] * 4, *["receipt"] * 2)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -159,6 +168,11 @@ STAGES = {
               vision_every=3),
         Stage("far", "language", ((256, 192), *[(256, 256)] * 2, *[(256, 384)] * 2), 8, 1560,
               1.3e-3, 1e-5, FAR_KINDS, wear=0.05, rewording=0.1, transcripts=0.5, vision_every=3),
+        Stage("shapes", "language", ((256, 128), (256, 192), (256, 256)), 8, 700, 1.2e-3, 1e-3,
+              MOSTLY_SHAPES, wear=0.05, rewording=0.1, transcripts=0.2, vision_every=3),
+        Stage("last", "language", ((256, 128), (256, 192), *[(256, 256)] * 2, *[(256, 384)] * 2), 8,
+              1500, 1e-3, 1e-5, LAST_OF_QWEN, wear=0.05, rewording=0.1, transcripts=0.4,
+              vision_every=2, vision_rate=0.6),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -186,6 +200,10 @@ STAGES = {
               WEAK_KINDS, wear=0.05, rewording=0.1, transcripts=0.4, vision_every=2),
         Stage("dense", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 2100, 1.5e-3,
               1e-5, DENSE_KINDS, wear=0.05, rewording=0.1, transcripts=0.4, vision_rate=1.0),
+        Stage("wider", "vision", ((256, 128), (128, 256)), 12, 6500, 2e-3, 5e-5, GLYPH_KINDS,
+              wear=0.05),
+        Stage("last", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 1300, 1.2e-3,
+              1e-5, LAST_OF_LLAVA, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2),
     ),
 }
 
@@ -313,20 +331,21 @@ class LlavaNextLayout:
                         image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
 
     def config(self):
-        """8 layers x 8 heads x 32: 64 heads, 5.9 M parameters. The vision tower is wide since a
-        patch of 256 gray values enters it by a single layer: with a width of 128 similar characters
-        were confused; MLPs of 640 neurons instead of 384 changed nothing more. Unlike in the
-        published models all of its layers are used (vision_feature_layer is -1), which leaves the
-        decoder more of the 12 MB."""
+        """8 layers x 8 heads x 32: 64 heads, 5.9 M parameters. The vision tower is as wide as a
+        patch has gray values, 256, since most lines of text lie across two patches, and what one
+        shows of a character must get to the other: with a width of 128 similar characters were
+        confused, and with 192 fewer; MLPs of 640 neurons instead of 384 changed nothing. Unlike in
+        the published models all of its layers are used (vision_feature_layer is -1), which leaves
+        the decoder more of the 12 MB."""
         return LlavaNextConfig(
             text_config=LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=256,
-                                    intermediate_size=312, num_hidden_layers=8,
+                                    intermediate_size=260, num_hidden_layers=8,
                                     num_attention_heads=8, num_key_value_heads=8,
                                     max_position_embeddings=8192, rope_theta=100000.0,
                                     tie_word_embeddings=True, bos_token_id=END,
                                     eos_token_id=IM_END, pad_token_id=END),
-            vision_config=CLIPVisionConfig(hidden_size=192, intermediate_size=640,
-                                           num_hidden_layers=4, num_attention_heads=6,
+            vision_config=CLIPVisionConfig(hidden_size=256, intermediate_size=384,
+                                           num_hidden_layers=4, num_attention_heads=8,
                                            image_size=self.tile, patch_size=CELL,
                                            projection_dim=128),
             image_grid_pinpoints=self.pinpoints, image_token_index=IMAGE, vision_feature_layer=-1,
@@ -822,7 +841,7 @@ class Trainer:
         rate = stage.rate + (stage.end_rate - stage.rate) * self.step / stage.steps
         rate *= min(1, (self.step + 1) / 50)
         slower = stage.vision_rate if stage.step == "language" else 1
-        for optimizer, own, of_vision in zip(self.optimizers, (1, ADAMW_RATE, 1),
+        for optimizer, own, of_vision in zip(self.optimizers, (1, ADAMW_RATE, HINT_RATE),
                                              (slower, slower, 1)):
             vision, language = optimizer.param_groups
             vision["lr"], language["lr"] = rate * own * of_vision, rate * own
