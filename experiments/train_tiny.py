@@ -333,10 +333,10 @@ class LlavaNextLayout:
     def config(self):
         """8 layers x 8 heads x 32: 64 heads, 5.9 M parameters. The vision tower is as wide as a
         patch has gray values, 256, since most lines of text lie across two patches, and what one
-        shows of a character must get to the other: with a width of 128 similar characters were
-        confused, and with 192 fewer; MLPs of 640 neurons instead of 384 changed nothing. Unlike in
-        the published models all of its layers are used (vision_feature_layer is -1), which leaves
-        the decoder more of the 12 MB."""
+        shows of a character must get to the other. With a width of 128 similar characters were
+        confused, with 192 fewer, and with 256 and more training fewer still; MLPs of 640 neurons
+        instead of 384 changed nothing. Unlike in the published models all of its layers are used
+        (vision_feature_layer is -1), which leaves the decoder more of the 12 MB."""
         return LlavaNextConfig(
             text_config=LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=256,
                                     intermediate_size=260, num_hidden_layers=8,
