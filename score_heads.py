@@ -32,8 +32,6 @@ the transcript.
 
 import json
 import math
-import os
-from dataclasses import dataclass
 from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -45,7 +43,9 @@ from tqdm import tqdm
 
 from cache import read_head_scores
 from experiments.arguments import OneLineParser, add_model_arguments, output_file, whole_number
+from experiments.drafts import write
 from experiments.pages import KINDS
+from experiments.progress import Progress, write_json
 from experiments.sources import Annotated, Rendered, Sets
 from model_llava import GRID, load, prepare, rotary_angles
 from sparsemm import SCORES_FILE
@@ -171,7 +171,7 @@ def score_transcript(model, images, words, ids, match="aligned", question=OCR_PR
     model.check_length(len(prompt.ids), LIMIT if own else len(ids))
     reading = Reading(first=len(prompt.ids) - 1, room=LIMIT if own else 0)   # P-1+i emits y_i
     if own:
-        ids = write(model, prompt, reading, draft=ids)
+        ids = write(model, prompt, reading, ids, LIMIT)
     else:
         read(model, prompt.extended(ids), reading)
     texts = [text for page in words for text, _ in page]
@@ -198,75 +198,7 @@ def read(model, prompt, reading):
     reading.compress(len(layers), *last.self_attn.project(last.input_layernorm(x), cos, sin))
 
 
-# ---- the model's own transcript ------------------------------------------------------------------
-
-@torch.inference_mode()
-def write(model, prompt, reading, draft, limit=LIMIT):
-    """What the model itself writes, greedily, `limit` tokens at most: token ids (n,), without the
-    end token. The Reading holds all of it; it may hold the prompt up to its images from before.
-
-    The draft, token ids (any), is that of speculative decoding (arXiv 2211.17192): a forward pass
-    reads a piece of it after what is written so far, and as much of the piece is accepted as the
-    model would have written. So the result is, up to rounding, that of decoding token by token, but
-    a model that reads well needs few passes. The next piece is twice as long as what was accepted
-    of the last.
-    """
-    T, ends, written = len(prompt.ids), model.processor.end_tokens, []
-    draft = [token for token in draft if token not in ends]            # only the model ends it
-    guess, read = draft[:32], reading.length
-    while True:
-        text = prompt.extended(written + guess)
-        x = model.decoder.embed_tokens(text.ids[read:]) if read else model.embed(text)
-        hidden = model.decoder(x, text.positions[:, read:], reading)
-        chosen = model.logits(hidden[-1 - len(guess):]).argmax(-1).tolist()
-        right = next((i for i, token in enumerate(guess) if token != chosen[i]), len(guess))
-        written += chosen[:right + 1]
-        read = T + len(written) - 1                                    # all but the last of them
-        reading.cut(read)
-        if written[-1] in ends or len(written) >= limit:
-            return [token for token in written[:limit] if token not in ends]
-        guess = continuation(draft, written)[:min(max(8, 2 * right), limit - len(written))]
-
-
-def continuation(draft, written, n=3):
-    """How the draft goes on after what is written: behind the place where the last n tokens stand
-    in it, or fewer if it has no such place; of several the one nearest to where a transcript of
-    that length should be."""
-    for n in range(min(n, len(written)), 0, -1):
-        last = written[-n:]
-        ends = [i for i in range(n, len(draft) + 1) if draft[i - n:i] == last]
-        if ends:
-            return draft[min(ends, key=lambda i: abs(i - len(written))):]
-    return draft[len(written):]
-
-
 # ---- many pages ----------------------------------------------------------------------------------
-
-@dataclass
-class Progress:
-    """What is done so far, in a file beside the result, one for each process."""
-    path: Path
-    settings: dict
-    pages: dict                 # page number (as text) -> {"scores": [L*H], "tokens", "hits"}
-
-    def save(self):
-        write_json({"settings": self.settings, "pages": self.pages}, self.path)
-
-    @classmethod
-    def resume(cls, out, rank, settings, wanted):
-        """A Progress of this process, and the pages that any process has done before."""
-        done = {}
-        for path in sorted(out.parent.glob(f"{out.name}.part*[0-9]")) if wanted else []:
-            try:
-                part = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise ValueError(f"--resume: {path} is not a file of ours") from None
-            if part["settings"] != settings:
-                raise ValueError(f"--resume: {path} was made with other settings; without --resume "
-                                 "it is begun anew")
-            done |= part["pages"]
-        return cls(Path(f"{out}.part{rank}"), settings, {}), done
-
 
 def score_pages(model, pages, progress, done, rank, ranks, match, whose, every=10):
     """Scores the pages rank, rank + ranks, ... that are not done yet, and saves now and then.
@@ -286,13 +218,6 @@ def score_pages(model, pages, progress, done, rank, ranks, match, whose, every=1
         if count % every == 0 or count == len(mine):
             progress.save()
     return errors
-
-
-def write_json(content, path):
-    """All of it or nothing: to a file beside it, which is then renamed."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_scores(per_page, path):

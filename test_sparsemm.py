@@ -45,6 +45,7 @@ from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survi
                    observation_scores, select_entries)
 from experiments import draw, evaluate, metrics, miniatures, sources
 from experiments.arguments import DEFAULT_MODEL, as_typed, open_image
+from experiments.drafts import continuation, write
 from experiments.report import show
 
 logging.set_verbosity_error()
@@ -1214,7 +1215,7 @@ def test_a_draft_changes_nothing_but_the_number_of_passes(checkpoints, name, mon
     for draft in ([], plain, wrong, missing, plain[20:], plain * 2, [5] * 100, [end, *plain, end]):
         passes.clear()
         reading = score_heads.Reading(first, limit)
-        assert plain == score_heads.write(ours, prompt, reading, draft, limit)
+        assert plain == write(ours, prompt, reading, draft, limit)
         n = len(plain)
         assert torch.equal(reading.peaks()[:, :, :n], whole.peaks()[:, :, :n])
         if draft == plain:                                  # guesses of 32, 64 and 4 tokens, say
@@ -1232,14 +1233,13 @@ def test_a_transcript_must_fit_the_sliding_window(checkpoints, monkeypatch):
 
 
 def test_a_draft_goes_on_behind_what_was_written_last():
-    goes_on = score_heads.continuation
-    assert goes_on([1, 2, 3, 4, 5], []) == [1, 2, 3, 4, 5]
-    assert goes_on([1, 2, 3, 4, 5], [1, 2]) == [3, 4, 5]
-    assert goes_on([1, 2, 3, 4, 5], [1, 9]) == [3, 4, 5]               # a wrong token: its place
-    assert goes_on([1, 2, 3, 4, 5], [1, 2, 4]) == [5]                  # one left out
-    assert goes_on([1, 2, 3, 1, 2, 4], [1, 2, 3, 1, 2]) == [4]         # the nearer of two places
-    assert goes_on([1, 2, 3], [1, 2, 3, 4, 5]) == []
-    assert goes_on([], [1]) == []
+    assert continuation([1, 2, 3, 4, 5], []) == [1, 2, 3, 4, 5]
+    assert continuation([1, 2, 3, 4, 5], [1, 2]) == [3, 4, 5]
+    assert continuation([1, 2, 3, 4, 5], [1, 9]) == [3, 4, 5]         # a wrong token: its place
+    assert continuation([1, 2, 3, 4, 5], [1, 2, 4]) == [5]             # one left out
+    assert continuation([1, 2, 3, 1, 2, 4], [1, 2, 3, 1, 2]) == [4]   # the nearer of two places
+    assert continuation([1, 2, 3], [1, 2, 3, 4, 5]) == []
+    assert continuation([], [1]) == []
 
 
 def score(folder, out, *more):

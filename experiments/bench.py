@@ -49,9 +49,10 @@ from cache import KVCache, make_method
 from experiments.arguments import DEFAULT_MODEL
 from experiments.draw import top_share
 from experiments.pages import KINDS
+from experiments.progress import write_json
 from experiments.sources import Rendered
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
-from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, write_json
+from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
 from sparsemm import DecodingStep, clock
 
 

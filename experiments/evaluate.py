@@ -39,8 +39,8 @@ from experiments.arguments import (OneLineParser, add_model_arguments, open_imag
 from experiments.metrics import (anls, choose, cider, circular, contains, relaxed_match,
                                  vqa_accuracy)
 from experiments.miniatures import make_miniatures
+from experiments.progress import write_json
 from model_llava import load
-from score_heads import write_json
 from sparsemm import SCORES_FILE, find_scores, generate
 
 

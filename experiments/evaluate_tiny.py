@@ -6,8 +6,8 @@
 For each kind and size of page it prints the mean character accuracy (1 - edit distance / length,
 not below 0) of the transcript and, for every other task (pages.WORDINGS), the share of exact
 answers, one question a page and task. The cache is full. A page is read once for all questions
-about it, and the right answer serves as the draft of speculative decoding (score_heads.write): the
-model writes what it would write anyway, but a right answer takes few passes.
+about it, and the right answer serves as the draft of speculative decoding (experiments/drafts.py):
+the model writes what it would write anyway, but a right answer takes few passes.
 """
 
 import argparse
@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.arguments import DEFAULT_MODEL, as_typed
+from experiments.drafts import write
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
+from experiments.progress import write_json
 from model_llava import load, prepare
-from score_heads import Reading, write, write_json
+from score_heads import Reading
 
 QUESTIONS = [task for task in WORDINGS if task != "transcript"]
 

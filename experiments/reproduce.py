@@ -47,11 +47,12 @@ from experiments.draw import gini, line_charts, top_share
 from experiments.evaluate_tiny import edit_distance, page_size
 from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
+from experiments.progress import write_json
 from experiments.report import (claim, interval, negative, positive, results_page, show, table,
                                 write_readme)
 from experiments.sources import Rendered
 from model_llava import DTYPES, load
-from score_heads import MATCHES, score_transcript, write_json
+from score_heads import MATCHES, score_transcript
 from sparsemm import generate
 
 HERE = Path(__file__).resolve().parent

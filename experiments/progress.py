@@ -1,0 +1,39 @@
+"""Results that are not lost: files written whole, and the progress of a long run."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def write_json(content, path):
+    """All of it or nothing: to a file beside it, which is then renamed."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@dataclass
+class Progress:
+    """What is done so far, in a file beside the result, one for each process."""
+    path: Path
+    settings: dict
+    pages: dict                 # page number (as text) -> {"scores": [L*H], "tokens", "hits"}
+
+    def save(self):
+        write_json({"settings": self.settings, "pages": self.pages}, self.path)
+
+    @classmethod
+    def resume(cls, out, rank, settings, wanted):
+        """A Progress of this process, and the pages that any process has done before."""
+        done = {}
+        for path in sorted(out.parent.glob(f"{out.name}.part*[0-9]")) if wanted else []:
+            try:
+                part = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ValueError(f"--resume: {path} is not a file of ours") from None
+            if part["settings"] != settings:
+                raise ValueError(f"--resume: {path} was made with other settings; without --resume "
+                                 "it is begun anew")
+            done |= part["pages"]
+        return cls(Path(f"{out}.part{rank}"), settings, {}), done
