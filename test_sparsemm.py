@@ -1236,7 +1236,7 @@ def test_a_draft_goes_on_behind_what_was_written_last():
     assert continuation([1, 2, 3, 4, 5], []) == [1, 2, 3, 4, 5]
     assert continuation([1, 2, 3, 4, 5], [1, 2]) == [3, 4, 5]
     assert continuation([1, 2, 3, 4, 5], [1, 9]) == [3, 4, 5]         # a wrong token: its place
-    assert continuation([1, 2, 3, 4, 5], [1, 2, 4]) == [5]             # one left out
+    assert continuation([1, 2, 3, 4, 5], [1, 2, 4]) == [5]            # one left out
     assert continuation([1, 2, 3, 1, 2, 4], [1, 2, 3, 1, 2]) == [4]   # the nearer of two places
     assert continuation([1, 2, 3], [1, 2, 3, 4, 5]) == []
     assert continuation([], [1]) == []

@@ -1,4 +1,4 @@
-"""What a model writes by itself, found in a few passes with a draft of it (speculative decoding)."""
+"""What a model writes by itself, in few passes with a draft of it (speculative decoding)."""
 
 import torch
 
