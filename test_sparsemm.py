@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import resource
 import shutil
@@ -46,6 +47,7 @@ from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survi
 from experiments import draw, evaluate, metrics, miniatures, sources
 from experiments.arguments import DEFAULT_MODEL, as_typed, open_image
 from experiments.drafts import continuation, write
+from experiments.progress import machine_name
 from experiments.report import show
 
 logging.set_verbosity_error()
@@ -2509,6 +2511,13 @@ def reproduced(folder, out, *arguments):
             for path in sorted(out.glob("*.json"))}
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says so there")
+def test_results_name_the_processor():
+    name, cores = machine_name().rsplit(", ", 1)
+    assert cores == f"{os.cpu_count()} cores"
+    assert name and (name in Path("/proc/cpuinfo").read_text() or name == platform.machine())
+
+
 def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, capsys):
     from experiments import reproduce
     for name, part in (("qwen", "all"), ("vicuna", "masking")):
@@ -2518,7 +2527,7 @@ def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, caps
         "masking-vicuna.json"}
     for results in stored.values():
         assert results["tables"] and results["versions"]["torch"] == torch.__version__
-        assert "--seed 0" in results["command"] and results["machine"]
+        assert "--seed 0" in results["command"] and results["machine"] == machine_name()
         for _, *cells in (row for t in results["tables"] for row in t["rows"]):
             assert all(cell is None or isinstance(cell, (str, int)) or cell[1] <= cell[2]
                        for cell in cells)

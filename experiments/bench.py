@@ -29,7 +29,6 @@ Results go to --out as JSON, and as Markdown beside it.
 
 import argparse
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -49,7 +48,7 @@ from cache import KVCache, make_method
 from experiments.arguments import DEFAULT_MODEL
 from experiments.draw import top_share
 from experiments.pages import KINDS
-from experiments.progress import write_json
+from experiments.progress import machine_name, write_json
 from experiments.sources import Rendered
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
 from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
@@ -398,12 +397,10 @@ def main():
         results = bench_command(args.num)
         table = command_table(results)
     print(table)
-    machine = (f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if on_cpu
-               else torch.cuda.get_device_name())
     out = Path(args.out or Path(__file__).parent / "results" / f"bench-{args.part}.json")
     out.parent.mkdir(exist_ok=True)
     write_json(dict(command="python experiments/bench.py " + " ".join(sys.argv[1:]),
-                    machine=machine, torch=torch.__version__,
+                    machine=machine_name(args.device), torch=torch.__version__,
                     dtype=dtypes if args.part == "scoring" else args.dtype,
                     transformers=transformers.__version__, seed=args.seed, results=results), out)
     out.with_suffix(".md").write_text(table + "\n")

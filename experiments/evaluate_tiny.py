@@ -11,8 +11,6 @@ the model writes what it would write anyway, but a right answer takes few passes
 """
 
 import argparse
-import os
-import platform
 import random
 import sys
 from dataclasses import replace
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.arguments import DEFAULT_MODEL, as_typed
 from experiments.drafts import write
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
-from experiments.progress import write_json
+from experiments.progress import machine_name, write_json
 from model_llava import load, prepare
 from score_heads import Reading
 
@@ -132,8 +130,9 @@ def main():
     about = dict(command=f"python experiments/evaluate_tiny.py --model {as_typed(args.model)} "
                          f"--num {args.num} --transcripts {transcripts} --seed {args.seed} "
                          f"--kinds {' '.join(args.kinds)} --sizes {sizes}",
-                 machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
-                 transformers=transformers.__version__, seed=args.seed, results=results)
+                 machine=machine_name(model.decoder.embed_tokens.weight.device),
+                 torch=torch.__version__, transformers=transformers.__version__, seed=args.seed,
+                 results=results)
     write_json(about, Path(args.out or model.folder / "evaluation.json"))
 
 

@@ -1,9 +1,13 @@
-"""Results that are not lost: files written whole, and the progress of a long run."""
+"""Results that are not lost: files written whole, the progress of a long run, and where it ran."""
 
 import json
 import os
+import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 
 def write_json(content, path):
@@ -37,3 +41,16 @@ class Progress:
                                  "it is begun anew")
             done |= part["pages"]
         return cls(Path(f"{out}.part{rank}"), settings, {}), done
+
+
+def machine_name(device="cpu"):
+    """What a result was measured on: the GPU, or the processor and the number of its cores."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        processors = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:                                                                 # not on Linux
+        processors = ""
+    name = re.search(r"^model name\s*: *(.+)", processors, re.MULTILINE)
+    name = name[1].strip() if name else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

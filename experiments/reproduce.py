@@ -23,7 +23,6 @@ Letters: L layers, H query heads, G KV heads, T prompt tokens.
 """
 
 import json
-import os
 import platform
 import random
 import sys
@@ -47,7 +46,7 @@ from experiments.draw import gini, line_charts, top_share
 from experiments.evaluate_tiny import edit_distance, page_size
 from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
-from experiments.progress import write_json
+from experiments.progress import machine_name, write_json
 from experiments.report import (claim, interval, negative, positive, results_page, show, table,
                                 write_readme)
 from experiments.sources import Rendered
@@ -731,8 +730,7 @@ def describe(args, run, part, model):
         command=f"python experiments/reproduce.py {part} --model {as_typed(model)} --pages "
                 f"{args.pages} --scoring-pages {args.scoring_pages} --sizes "
                 f"{' '.join(f'{w}x{h}' for w, h in args.sizes)} --seed {args.seed}",
-        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else
-        f"{platform.machine()}, {os.cpu_count()} cores",
+        machine=machine_name(device),
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       transformers=transformers.__version__))
 
