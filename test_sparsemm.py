@@ -55,10 +55,10 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)                   # enough for small models; processes run beside the tests
 HERE = Path(__file__).parent
 TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
-FLOORS = [("qwen2-vl", "form", (256, 128), 8), ("qwen2-vl", "form", (256, 256), 8),
+FLOORS = [("qwen2-vl", "form", (256, 128), 9), ("qwen2-vl", "form", (256, 256), 8),
           ("qwen2-vl", "receipt", (256, 256), 9), ("qwen2-vl", "table", (256, 256), 9),
           ("llava-next", "form", (256, 128), 8), ("llava-next", "form", (256, 256), 8),
-          ("llava-next", "receipt", (256, 256), 7), ("llava-next", "table", (256, 256), 9)]
+          ("llava-next", "receipt", (256, 256), 8), ("llava-next", "table", (256, 256), 8)]
                                                         # small model, page, pixels, right of ten
 SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
@@ -1518,6 +1518,10 @@ def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
         elif not of_grid or not touched:
             assert hint == train_tiny.NO_HINTS
     assert len(found) >= {"table": 6, "shapes": 1, "form": 2}[kind]
+    unhinted, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], replace(stage, hinted=False),
+                                        random.Random(5))
+    assert (unhinted.pop("hints") == train_tiny.IGNORE).all()
+    assert all(torch.equal(batch[key], x) for key, x in unhinted.items() if torch.is_tensor(x))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -1543,7 +1547,8 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkey
     monkeypatch.setitem(train_tiny.STAGES, "qwen2-vl", (
         stage("see", "vision", steps=2), stage("read", "language", steps=3, vision_every=2)))
     args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, workers=0,
-                           fonts=(None,), report=100, work=tmp_path, out=tmp_path / "whole")
+                           fonts=(None,), report=100, work=tmp_path, out=tmp_path / "whole",
+                           average=None)
 
     def trained(args, killed_at=None):
         """Every state that training saves, which it does after every step here."""
@@ -1571,6 +1576,23 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkey
     assert all(torch.equal(last[name], p) for name, p in whole[-1].items())
     assert ((tmp_path / "other" / "model.safetensors").read_bytes()
             == (tmp_path / "whole" / "model.safetensors").read_bytes())
+
+
+def test_training_exports_the_mean_of_two_models(tmp_path):
+    from experiments import train_tiny
+    layout, folders = train_tiny.LAYOUTS["qwen2-vl"], [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        train_tiny.save_checkpoint_folder(layout, layout.model_class(layout.config()), folder)
+    args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, work=tmp_path,
+                           out=tmp_path / "mean", average=folders[1])
+    trainer = train_tiny.Trainer(args)
+    trainer.start_from(folders[0], "last")
+    trainer.export()
+    one, other, mean = (load_file(folder / "model.safetensors") for folder in (*folders, args.out))
+    assert one.keys() == mean.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name, x in mean.items():
+        assert torch.equal(x, ((one[name].float() + other[name].float()) / 2).bfloat16())
 
 
 def test_the_second_small_model_learns_from_the_first(tmp_path):
