@@ -6,7 +6,8 @@ import torch
 @torch.inference_mode()
 def write(model, prompt, reading, draft, limit):
     """What the model itself writes, greedily, `limit` tokens at most: token ids (n,), without the
-    end token. The Reading holds all of it; it may hold the prompt up to its images from before.
+    end token. The score_heads.Reading holds all of it; it may hold the prompt up to its images from
+    before.
 
     The draft, token ids (any), is that of speculative decoding (arXiv 2211.17192): a forward pass
     reads a piece of it after what is written so far, and as much of the piece is accepted as the
