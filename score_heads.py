@@ -32,12 +32,10 @@ the transcript.
 
 import json
 import math
-from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -45,7 +43,7 @@ from cache import read_head_scores
 from experiments.arguments import OneLineParser, add_model_arguments, output_file, whole_number
 from experiments.drafts import write
 from experiments.pages import KINDS
-from experiments.progress import Progress, write_json
+from experiments.progress import Progress, gather, rank_and_ranks, write_json
 from experiments.sources import Annotated, Rendered, Sets
 from model_llava import GRID, load, prepare, rotary_angles
 from sparsemm import SCORES_FILE
@@ -257,12 +255,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     parser, args = parse_arguments(argv)
-    rank, ranks = 0, 1
-    if dist.is_torchelastic_launched():                                            # under torchrun
-        dist.init_process_group("gloo", timeout=timedelta(days=7))     # ranks may end hours apart
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        if args.device in ("auto", "cuda") and torch.cuda.is_available():
-            args.device = f"cuda:{dist.get_node_local_rank()}"
+    rank, ranks = rank_and_ranks(args)
     kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
     name = Path(args.model).name if Path(args.model).is_dir() else args.model
     settings = dict(model=name, data=args.data, synthetic=None if args.data else kinds,
@@ -277,14 +270,10 @@ def main(argv=None):
         out = args.out or model.folder / SCORES_FILE
         progress, done = Progress.resume(out, rank, settings, args.resume)
         errors = score_pages(model, pages, progress, done, rank, ranks, args.match, args.transcript)
-        gathered = [(progress.pages, errors)]
-        if ranks > 1:
-            gathered = [None] * ranks
-            dist.all_gather_object(gathered, (progress.pages, errors))
+        for pages_of_rank, errors_of_rank in gather((progress.pages, errors)):
+            done |= pages_of_rank
+            errors |= errors_of_rank
         if rank == 0:
-            for pages_of_rank, errors_of_rank in gathered:
-                done |= pages_of_rank
-                errors |= errors_of_rank
             finish(args, model, out, settings, len(pages), done, errors)
     except ValueError as error:
         parser.error(error)

@@ -16,6 +16,7 @@ import platform
 import random
 import resource
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -44,10 +45,9 @@ import score_heads
 import sparsemm
 from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
                    observation_scores, select_entries)
-from experiments import draw, evaluate, metrics, miniatures, sources
+from experiments import draw, evaluate, metrics, miniatures, progress, sources
 from experiments.arguments import DEFAULT_MODEL, as_typed, open_image
 from experiments.drafts import continuation, write
-from experiments.progress import machine_name
 from experiments.report import show
 
 logging.set_verbosity_error()
@@ -1293,6 +1293,20 @@ def test_two_processes_equal_one(checkpoints, done, tmp_path):
     assert (done.folder / "two.json").read_text() == one
 
 
+def test_gathering_leaves_no_process_group(monkeypatch):
+    """One that is left can abort Python's end: so did 4 of 12 pairs of processes."""
+    assert progress.gather("own") == ["own"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in dict(TORCHELASTIC_RUN_ID="a", MASTER_ADDR="localhost", MASTER_PORT=port,
+                            RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    assert progress.rank_and_ranks(SimpleNamespace(device="cpu")) == (0, 1)
+    assert progress.gather("own") == ["own"]
+    assert not torch.distributed.is_initialized()
+
+
 def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
     picture(64, 48).save(tmp_path / "a.png")
     word = {"chunk": "ab", "coord": [[2, 3], [30, 20]]}
@@ -1595,12 +1609,26 @@ def test_training_exports_the_mean_of_two_models(tmp_path):
         assert torch.equal(x, ((one[name].float() + other[name].float()) / 2).bfloat16())
 
 
+@pytest.mark.parametrize("option", ["--start-from", "--average", "--teacher"])
+def test_training_from_what_is_no_checkpoint_of_the_layout_takes_one_line(tmp_path, capsys, option):
+    from experiments import train_tiny
+    (tmp_path / "empty").mkdir()
+    other = HERE / "tiny" / ("llava-next" if option == "--teacher" else "qwen2-vl")
+    for folder in (tmp_path / "none", tmp_path / "empty", other):
+        with pytest.raises(SystemExit) as end:
+            train_tiny.main(["--layout", "llava-next", option, str(folder), "--work", str(tmp_path),
+                             "--threads", str(torch.get_num_threads())])
+        error = capsys.readouterr().err
+        assert end.value.code == 2
+        assert error.count("\n") == 1 and option in error and str(folder) in error
+
+
 def test_the_second_small_model_learns_from_the_first(tmp_path):
     """Which of the teacher's image tokens shows the same cell; whose heads and neurons the decoder
     starts with: query head h has the keys and values that it had in its group."""
     from experiments import train_tiny
     trainer = train_tiny.Trainer(SimpleNamespace(
-        seed=0, device="cpu", work=tmp_path, layout="llava-next",
+        seed=0, device="cpu", work=tmp_path, layout="llava-next", average=None,
         teacher=HERE / "tiny" / "qwen2-vl"))
     stage = train_tiny.Stage("test", "vision", ((256, 128),), 2, 1, 0, 0, ("form",))
     first = train_tiny.LAYOUTS["qwen2-vl"]
@@ -2535,7 +2563,7 @@ def reproduced(folder, out, *arguments):
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says so there")
 def test_results_name_the_processor():
-    name, cores = machine_name().rsplit(", ", 1)
+    name, cores = progress.machine_name().rsplit(", ", 1)
     assert cores == f"{os.cpu_count()} cores"
     assert name and (name in Path("/proc/cpuinfo").read_text() or name == platform.machine())
 
@@ -2549,7 +2577,7 @@ def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, caps
         "masking-vicuna.json"}
     for results in stored.values():
         assert results["tables"] and results["versions"]["torch"] == torch.__version__
-        assert "--seed 0" in results["command"] and results["machine"] == machine_name()
+        assert "--seed 0" in results["command"] and results["machine"] == progress.machine_name()
         for _, *cells in (row for t in results["tables"] for row in t["rows"]):
             assert all(cell is None or isinstance(cell, (str, int)) or cell[1] <= cell[2]
                        for cell in cells)

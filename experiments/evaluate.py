@@ -24,12 +24,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,7 +37,7 @@ from experiments.arguments import (OneLineParser, add_model_arguments, open_imag
 from experiments.metrics import (anls, choose, cider, circular, contains, relaxed_match,
                                  vqa_accuracy)
 from experiments.miniatures import make_miniatures
-from experiments.progress import write_json
+from experiments.progress import gather, rank_and_ranks, write_json
 from model_llava import load
 from sparsemm import SCORES_FILE, find_scores, generate
 
@@ -423,11 +421,7 @@ def evaluate(args, rank, ranks):
     done = read_predictions(args.out)
     new, unread = predict(examples[rank::ranks], args.runs, answer,
                           args.out / f"predictions-{rank}.jsonl", done, quiet=rank > 0)
-    gathered = [(new, unread)]
-    if ranks > 1:
-        gathered = [None] * ranks
-        dist.all_gather_object(gathered, (new, unread))
-    for new_of_rank, unread_of_rank in gathered:
+    for new_of_rank, unread_of_rank in gather((new, unread)):
         done |= new_of_rank
         errors |= unread_of_rank
     if rank == 0:
@@ -459,12 +453,7 @@ def finish(args, settings, rows, examples, errors, done):
 def main(argv=None):
     parser, args = parse_arguments(argv)
     warnings.filterwarnings("ignore")                      # the user's input is not at fault there
-    rank, ranks = 0, 1
-    if dist.is_torchelastic_launched():                                            # under torchrun
-        dist.init_process_group("gloo", timeout=timedelta(days=7))    # shares differ in length
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        if args.device in ("auto", "cuda") and torch.cuda.is_available():
-            args.device = f"cuda:{dist.get_node_local_rank()}"
+    rank, ranks = rank_and_ranks(args)
     try:
         if args.make_miniature:
             make_miniatures(Path(args.make_miniature), args.num, args.seed)

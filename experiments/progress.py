@@ -1,13 +1,16 @@
-"""Results that are not lost: files written whole, the progress of a long run, and where it ran."""
+"""Results that are not lost: files written whole, the progress of a long run, the shares of several
+processes, and where it ran."""
 
 import json
 import os
 import platform
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 def write_json(content, path):
@@ -41,6 +44,31 @@ class Progress:
                                  "it is begun anew")
             done |= part["pages"]
         return cls(Path(f"{out}.part{rank}"), settings, {}), done
+
+
+def rank_and_ranks(args):
+    """This process's number and that of all processes: 0 and 1 unless torchrun started it. On GPUs
+    args.device becomes its own."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def gather(own):
+    """What every process has, in the order of their ranks. They may come hours apart.
+
+    The process group lives no longer than that: where one is left when Python ends, its threads can
+    abort the process ("terminate called without an active exception").
+    """
+    if not dist.is_torchelastic_launched():
+        return [own]
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    dist.destroy_process_group()
+    return gathered
 
 
 def machine_name(device="cpu"):

@@ -68,7 +68,9 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
                           Qwen2VLForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.arguments import OneLineParser
 from experiments.pages import COLORS, COLUMNS, ITEMS, SHAPES, prompt, render_page, tasks
+from model_llava import load
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -464,6 +466,26 @@ def save_checkpoint_folder(layout, model, folder):
     model_bf16.save_pretrained(folder)
 
 
+def read_checkpoint(layout, option, folder):
+    """transformers' model in float32 of a folder that an option names; None without one. Raises
+    ValueError."""
+    if not folder:
+        return None
+    try:
+        family = load(folder, "cpu", "float32").config.family
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+    with torch.device("meta"):
+        wanted = LAYOUTS[layout].model_class(LAYOUTS[layout].config())
+    if family == wanted.config.model_type:
+        model = LAYOUTS[layout].model_class.from_pretrained(folder, dtype=torch.float32)
+        shapes = ({name: x.shape for name, x in m.state_dict().items()} for m in (model, wanted))
+        if next(shapes) == next(shapes):
+            return model
+    raise ValueError(f"{option} {folder}: not a model of the layout {layout} and its sizes, as "
+                     f"tiny/{layout} is")
+
+
 # ---- the batches ---------------------------------------------------------------------------------
 
 def cell_characters(page):
@@ -753,10 +775,11 @@ class Trainer:
         self.hinted = None                 # the output of layer HINTED_LAYER in that pass
         self.model.model.language_model.layers[HINTED_LAYER].register_forward_hook(
             lambda module, inputs, output: setattr(self, "hinted", output))
-        self.teacher = self.teachers_tokens = None
-        if args.teacher:
-            self.teacher = Qwen2VLForConditionalGeneration.from_pretrained(
-                args.teacher, dtype=torch.float32, attn_implementation="products").to(self.device)
+        self.other = read_checkpoint(args.layout, "--average", args.average)
+        self.teacher = read_checkpoint("qwen2-vl", "--teacher", args.teacher)
+        self.teachers_tokens = None
+        if self.teacher:
+            self.teacher.to(self.device).set_attn_implementation("products")
             LAYOUTS["qwen2-vl"].projector(self.teacher).register_forward_hook(
                 lambda module, inputs, output: setattr(self, "teachers_tokens", output))
         self.state_file = Path(args.work) / f"{args.layout}.pt"
@@ -766,7 +789,7 @@ class Trainer:
     def start_from(self, folder, stage):
         """Begins at a stage with the weights of an exported folder. The layers that name characters
         and hints are not among them; they learn anew, which takes some minutes."""
-        weights = self.layout.model_class.from_pretrained(folder, dtype=torch.float32)
+        weights = read_checkpoint(self.args.layout, "--start-from", folder)
         self.model.load_state_dict(weights.state_dict())
         self.stage = [s.name for s in self.stages].index(stage)
 
@@ -913,19 +936,18 @@ class Trainer:
     def export(self):
         """Writes --out: the weights as they are, or with --average their mean with those in another
         folder (arXiv 2203.05482)."""
-        if self.args.average:
-            other = dict(self.layout.model_class.from_pretrained(
-                self.args.average, dtype=torch.float32).named_parameters())
+        if self.other:
+            other = dict(self.other.named_parameters())
             for name, parameter in self.model.named_parameters():
                 parameter.lerp_(other[name].to(self.device), 0.5)
         save_checkpoint_folder(self.layout, self.model, self.args.out)
         print(f"wrote {self.args.out}")
 
 
-def main():
+def main(argv=None):
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="qwen2-vl")
     parser.add_argument("--out", help="default: tiny/ and the layout's name")
     parser.add_argument("--work", default=str(here / "work"),
@@ -947,7 +969,7 @@ def main():
     parser.add_argument("--average", metavar="DIR",
                         help="write the mean of the trained weights and those in a folder, the one "
                              "that the training began with")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     stages = [stage.name for stage in STAGES[args.layout]]
     if args.stage and args.stage not in stages:
         parser.error(f"--stage {args.stage}: this layout has {', '.join(stages)}")
@@ -956,9 +978,12 @@ def main():
     args.fonts = [None, *sorted(map(str, files))]
     torch.set_num_threads(args.threads)
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args)
-    if args.start_from:
-        trainer.start_from(args.start_from, args.stage or stages[-1])
+    try:
+        trainer = Trainer(args)
+        if args.start_from:
+            trainer.start_from(args.start_from, args.stage or stages[-1])
+    except ValueError as error:
+        parser.error(error)
     if args.export:
         trainer.export()
     else:
