@@ -484,8 +484,9 @@ def read_checkpoint(layout, option, folder):
         wanted = LAYOUTS[layout].model_class(LAYOUTS[layout].config())
     if family == wanted.config.model_type:
         model = LAYOUTS[layout].model_class.from_pretrained(folder, dtype=torch.float32)
-        shapes = ({name: x.shape for name, x in m.state_dict().items()} for m in (model, wanted))
-        if next(shapes) == next(shapes):
+        here, there = ({name: x.shape for name, x in m.state_dict().items()}
+                       for m in (model, wanted))
+        if here == there:
             return model
     raise ValueError(f"{option} {folder}: not a model of the layout {layout} and its sizes, as "
                      f"tiny/{layout} is")
