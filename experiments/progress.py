@@ -52,7 +52,7 @@ def rank_and_ranks(args):
     if not dist.is_torchelastic_launched():
         return 0, 1
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{dist.get_node_local_rank()}"
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 

@@ -781,7 +781,7 @@ class Trainer:
         self.hinted = None                 # the output of layer HINTED_LAYER in that pass
         self.model.model.language_model.layers[HINTED_LAYER].register_forward_hook(
             lambda module, inputs, output: setattr(self, "hinted", output))
-        self.other = read_checkpoint(args.layout, "--average", args.average)
+        self.average = read_checkpoint(args.layout, "--average", args.average)
         self.teacher = read_checkpoint("qwen2-vl", "--teacher", args.teacher)
         self.teachers_tokens = None
         if self.teacher:
@@ -942,8 +942,8 @@ class Trainer:
     def export(self):
         """Writes --out: the weights as they are, or with --average their mean with those in another
         folder (arXiv 2203.05482)."""
-        if self.other:
-            other = dict(self.other.named_parameters())
+        if self.average:
+            other = dict(self.average.named_parameters())
             for name, parameter in self.model.named_parameters():
                 parameter.lerp_(other[name].to(self.device), 0.5)
         save_checkpoint_folder(self.layout, self.model, self.args.out)
