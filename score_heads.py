@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import read_head_scores
-from experiments.arguments import OneLineParser, add_model_arguments, output_file, whole_number
+from experiments.arguments import (OneLineParser, add_model_arguments, output_file, png_file,
+                                   whole_number)
 from experiments.drafts import write
 from experiments.pages import KINDS
 from experiments.progress import Progress, gather, rank_and_ranks, write_json
@@ -246,7 +247,7 @@ def parse_arguments(argv):
                         help="which tokens count (default: all that can be aligned with a box)")
     parser.add_argument("--out", type=output_file, metavar="FILE",
                         help=f"default: {SCORES_FILE} in the model's folder")
-    parser.add_argument("--heatmap", type=output_file, metavar="PNG",
+    parser.add_argument("--heatmap", type=png_file, metavar="PNG",
                         help="also draw a layer x head map")
     parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
     add_model_arguments(parser)

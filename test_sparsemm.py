@@ -8,6 +8,7 @@ window.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -2019,6 +2020,33 @@ def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
                  "--json")
     result = json.loads(out)
     assert result["kept"] == [[result["prompt_tokens"]] * 4] * 3
+
+
+@pytest.mark.parametrize("script, argument, value", [
+    ("score_heads", "--heatmap", "heads.bmp"), ("score_heads", "--out", "none/scores.json"),
+    ("evaluate_tiny", "--model", "none"), ("evaluate_tiny", "--num", 0),
+    ("evaluate_tiny", "--out", "none/evaluation.json"), ("evaluate_tiny", "--sizes", "9x9"),
+    ("train_tiny", "--fonts", "none"), ("train_tiny", "--fonts", "broken"),
+    ("train_tiny", "--work", "file/work"), ("train_tiny", "--out", "file"),
+    ("train_tiny", "--device", "gpu"), ("train_tiny", "--threads", 0),
+    ("train_tiny", "--workers", -1), ("train_tiny", "--report", 0),
+    ("reproduce", "--out", "file/results"),
+    ("bench scoring", "--model", "none"), ("bench scoring", "--num", 0),
+    ("bench decode", "--lengths", 31), ("bench decode", "--budgets", "few"),
+    ("bench decode", "--out", "none/bench.json"),
+    ("pages", "--out", "page.bmp"), ("pages", "--width", 31)])
+def test_scripts_refuse_in_one_line(capfd, monkeypatch, tmp_path, script, argument, value):
+    """And before they do any work."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("broken").mkdir()
+    Path("broken", "font.ttf").write_text("no font")
+    name, *part = script.split()
+    main = importlib.import_module(f"experiments.{name}" if name != "score_heads" else name).main
+    required = ["--out", "page.png"] if (name, argument) == ("pages", "--width") else []
+    line = rejected(capfd, *part, argument, value, *required, main=main)
+    assert argument.strip("-") in line and str(value) in line
+    assert {path.name for path in Path().iterdir()} == {"file", "broken"}
 
 
 # ---- the seven benchmarks ------------------------------------------------------------------------

@@ -68,6 +68,24 @@ def output_file(text):
     return path
 
 
+def png_file(text):
+    """An argparse type: an output_file whose name ends in .png."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png")
+    return output_file(text)
+
+
+def output_folder(text):
+    """An argparse type: a folder that can be written, made if there is none."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass
+    if not (Path(text).is_dir() and os.access(text, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder that can be made and written")
+    return Path(text)
+
+
 def open_image(path):
     """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
     if not Path(path).exists():

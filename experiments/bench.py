@@ -45,7 +45,8 @@ from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForC
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from cache import KVCache, make_method
-from experiments.arguments import DEFAULT_MODEL
+from experiments.arguments import (DEFAULT_MODEL, OneLineParser, device_name, output_file,
+                                   whole_number)
 from experiments.draw import top_share
 from experiments.pages import KINDS
 from experiments.progress import machine_name, write_json
@@ -53,6 +54,8 @@ from experiments.sources import Rendered
 from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
 from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
 from sparsemm import DecodingStep, clock
+
+LEAST = 32                  # tokens of a prompt, entries of a budget: the methods' window
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -362,44 +365,57 @@ def command_table(result):
             f"| {result['command']} | {result['seconds']:.1f} | {result['imports_alone']:.1f} |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(args, on_cpu, dtypes):
+    """The results of a part, and their table."""
+    if args.part == "decode":
+        names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:3])
+        results = [bench_decode(name, length, args) for name in names for length in args.lengths]
+        return results, decode_table(results)
+    if args.part == "scoring":
+        models = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
+        results = [bench_scoring(folder, args.num, args.seed, dtype) for folder in models
+                   for dtype in dtypes]
+        return results, scoring_table(results)
+    results = bench_command(args.num)
+    return results, command_table(results)
+
+
+def main(argv=None):
+    parser = OneLineParser(prog="bench.py", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["decode", "scoring", "command"])
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
                         help="default: the 7B ones on CUDA, small-mha on a CPU")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 16384, 32768],
+    parser.add_argument("--lengths", nargs="+", type=whole_number(LEAST),
+                        default=[2048, 8192, 16384, 32768],
                         help="prompt lengths in tokens")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--budgets", nargs="+", type=whole_number(LEAST), default=[64, 256, 1024])
     parser.add_argument("--prefill", action="store_true", help="measure prefill and memory, too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="auto",
+                        help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32; "
                                                         "scoring: both")
     parser.add_argument("--model", nargs="+", help="scoring: default the small models in tiny/")
-    parser.add_argument("--num", type=int, default=10, help="pages, runs, or rounds of decoding")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="default: results/bench-PART.json beside this file")
-    args = parser.parse_args()
+    parser.add_argument("--num", type=whole_number(1), default=10,
+                        help="pages, runs, or rounds of decoding")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--out", type=output_file, metavar="FILE",
+                        help="default: results/bench-PART.json beside this file")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = torch.device(args.device).type == "cpu"
     dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     torch.manual_seed(args.seed)
-    if args.part == "decode":
-        names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:3])
-        results = [bench_decode(name, length, args) for name in names for length in args.lengths]
-        table = decode_table(results)
-    elif args.part == "scoring":
-        models = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
-        results = [bench_scoring(folder, args.num, args.seed, dtype) for folder in models
-                   for dtype in dtypes]
-        table = scoring_table(results)
-    else:
-        results = bench_command(args.num)
-        table = command_table(results)
+    try:
+        results, table = measure(args, on_cpu, dtypes)
+    except ValueError as error:
+        parser.error(error)
     print(table)
-    out = Path(args.out or Path(__file__).parent / "results" / f"bench-{args.part}.json")
+    out = args.out or Path(__file__).parent / "results" / f"bench-{args.part}.json"
     out.parent.mkdir(exist_ok=True)
-    write_json(dict(command="python experiments/bench.py " + " ".join(sys.argv[1:]),
+    write_json(dict(command="python experiments/bench.py " + " ".join(argv or sys.argv[1:]),
                     machine=machine_name(args.device), torch=torch.__version__,
                     dtype=dtypes if args.part == "scoring" else args.dtype,
                     transformers=transformers.__version__, seed=args.seed, results=results), out)

@@ -21,7 +21,8 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import DEFAULT_MODEL, as_typed
+from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, output_file,
+                                   whole_number)
 from experiments.drafts import write
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
 from experiments.progress import machine_name, write_json
@@ -108,21 +109,26 @@ def table(results):
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv=None):
+    parser = OneLineParser(prog="evaluate_tiny.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--num", type=int, default=50, help="pages of each kind and size")
+    parser.add_argument("--num", type=whole_number(1), default=50,
+                        help="pages of each kind and size")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--sizes", nargs="+", type=page_size, default=[(256, 256), (256, 384)],
                         metavar="WxH", help="in pixels (default 256x256 256x384)")
-    parser.add_argument("--transcripts", type=int, metavar="N",
+    parser.add_argument("--transcripts", type=whole_number(0), metavar="N",
                         help="how many of the pages are transcribed, which takes most of the time "
                              "(default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="default: evaluation.json in the model's folder")
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--out", type=output_file, metavar="FILE",
+                        help="default: evaluation.json in the model's folder")
+    args = parser.parse_args(argv)
     transcripts = args.num if args.transcripts is None else args.transcripts
-    model = load(args.model, "auto", "float32")
+    try:
+        model = load(args.model, "auto", "float32")
+    except ValueError as error:
+        parser.error(error)
     results = [evaluate(model, kind, size, args.num, args.seed, transcripts)
                for kind in args.kinds for size in args.sizes]
     print(table(results))
@@ -133,7 +139,7 @@ def main():
                  machine=machine_name(model.decoder.embed_tokens.weight.device),
                  torch=torch.__version__, transformers=transformers.__version__, seed=args.seed,
                  results=results)
-    write_json(about, Path(args.out or model.folder / "evaluation.json"))
+    write_json(about, args.out or model.folder / "evaluation.json")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ Most values are random strings and numbers, so a model that answers them has rea
                                 renders one page to look at
 """
 
-import argparse
 import io
 import math
 import random
 import string
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -431,16 +432,18 @@ def draw_row(draw, row, font, y, margin, column, width, ink, space, may_break):
     return line, bool(line)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Render one page.")
+def main(argv=None):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments.arguments import OneLineParser, png_file, share, whole_number
+    parser = OneLineParser(prog="pages.py", description="Render one page.")
     parser.add_argument("--kind", choices=KINDS + TRAINING_KINDS, default="receipt")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--height", type=int, default=384)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--wear", type=float, default=0.0,
+    parser.add_argument("--width", type=whole_number(32), default=256)
+    parser.add_argument("--height", type=whole_number(32), default=384)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--out", type=png_file, required=True, metavar="PNG")
+    parser.add_argument("--wear", type=share, default=0.0,
                         help="probability of an uneven background, a rotation, JPEG artefacts")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     page = render_page(random.Random(args.seed), args.kind, args.width, args.height,
                        wear=args.wear)
     page.image.save(args.out)

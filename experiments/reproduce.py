@@ -39,7 +39,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS
 from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, device_name,
-                                   whole_number)
+                                   output_folder, whole_number)
 from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head_sets,
                                   masked_accuracy, power_of_scores, written)
 from experiments.draw import gini, line_charts, top_share
@@ -695,7 +695,7 @@ def parse_arguments(argv):
                         help="checkpoints' folders or hub ids (default: the ones in tiny/)")
     parser.add_argument("--quick", action="store_true",
                         help="40 pages, and 100 for the scores, instead of 128 and 1,000")
-    parser.add_argument("--out", type=Path, metavar="DIR",
+    parser.add_argument("--out", type=output_folder, metavar="DIR",
                         help="default: experiments/results, or experiments/work/quick if --quick")
     parser.add_argument("--pages", type=whole_number(1), metavar="N", help="of each task and size")
     parser.add_argument("--scoring-pages", type=whole_number(1), metavar="N",
@@ -713,8 +713,6 @@ def parse_arguments(argv):
     args.scoring_pages = args.scoring_pages or (100 if args.quick else 1000)
     args.sizes = sorted(set(args.sizes), key=lambda size: size[0] * size[1])
     args.model = args.model or [str(path) for path in SMALL_MODELS if path.is_dir()]
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"argument --out: {args.out} is a file; a folder is right")
     if not args.model and args.part != "readme":
         parser.error(f"argument --model: none in {DEFAULT_MODEL.parent}; a checkpoint's folder is "
                      "right")

@@ -68,8 +68,9 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
                           Qwen2VLForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import OneLineParser
-from experiments.pages import COLORS, COLUMNS, ITEMS, SHAPES, prompt, render_page, tasks
+from experiments.arguments import OneLineParser, device_name, output_folder, whole_number
+from experiments.pages import (COLORS, COLUMNS, ITEMS, SHAPES, load_font, prompt, render_page,
+                               tasks)
 from model_llava import load
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -788,7 +789,7 @@ class Trainer:
             self.teacher.to(self.device).set_attn_implementation("products")
             LAYOUTS["qwen2-vl"].projector(self.teacher).register_forward_hook(
                 lambda module, inputs, output: setattr(self, "teachers_tokens", output))
-        self.state_file = Path(args.work) / f"{args.layout}.pt"
+        self.state_file = args.work / f"{args.layout}.pt"
         if self.state_file.exists():
             self.load()
 
@@ -950,21 +951,38 @@ class Trainer:
         print(f"wrote {self.args.out}")
 
 
+def font_files(folder):
+    """An argparse type: the TrueType files in a folder and the folders in it."""
+    files = sorted(map(str, Path(folder).rglob("*.ttf")))
+    if not files:
+        raise argparse.ArgumentTypeError(f"{folder!r} has no .ttf file in it")
+    for file in files:
+        try:
+            load_font(16, file)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{file!r} is not a font ({error})") from None
+    return files
+
+
 def main(argv=None):
     here = Path(__file__).parent
-    parser = OneLineParser(description=__doc__,
+    parser = OneLineParser(prog="train_tiny.py", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="qwen2-vl")
-    parser.add_argument("--out", help="default: tiny/ and the layout's name")
-    parser.add_argument("--work", default=str(here / "work"),
+    parser.add_argument("--out", type=output_folder, metavar="DIR",
+                        help="default: tiny/ and the layout's name")
+    parser.add_argument("--work", type=output_folder, default=str(here / "work"), metavar="DIR",
                         help="where the training state is kept")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--workers", type=int, default=1, help="processes that render pages")
-    parser.add_argument("--fonts", metavar="DIR", help="TrueType files to draw pages with, besides "
-                                                       "the built-in font")
-    parser.add_argument("--report", type=int, default=250, help="steps between held-out accuracies")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=device_name, default="auto",
+                        help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=whole_number(1), default=os.cpu_count())
+    parser.add_argument("--workers", type=whole_number(0), default=1,
+                        help="processes that render pages")
+    parser.add_argument("--fonts", type=font_files, metavar="DIR", default=[],
+                        help="TrueType files to draw pages with, besides the built-in font")
+    parser.add_argument("--report", type=whole_number(1), default=250,
+                        help="steps between held-out accuracies")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--start-from", metavar="DIR", help="begin with the weights in a folder")
     parser.add_argument("--teacher", metavar="DIR",
                         help="a trained qwen2-vl checkpoint: llava-next learns to see as it does, "
@@ -980,10 +998,10 @@ def main(argv=None):
     if args.stage and args.stage not in stages:
         parser.error(f"--stage {args.stage}: this layout has {', '.join(stages)}")
     args.out = args.out or here.parent / "tiny" / args.layout
-    files = Path(args.fonts).rglob("*.ttf") if args.fonts else ()
-    args.fonts = [None, *sorted(map(str, files))]
+    args.fonts = [None, *args.fonts]
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
-    Path(args.work).mkdir(parents=True, exist_ok=True)
     try:
         trainer = Trainer(args)
         if args.start_from:
