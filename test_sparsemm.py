@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1610,6 +1610,32 @@ def test_training_exports_the_mean_of_two_models(tmp_path):
         assert torch.equal(x, ((one[name].float() + other[name].float()) / 2).bfloat16())
 
 
+def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
+    """The built-in font's own file gives the same evaluation; half of the pages of a training have
+    other fonts."""
+    from experiments import evaluate_tiny, train_tiny
+    fonts = tmp_path / "fonts" / "family"
+    fonts.mkdir(parents=True)
+    for name in ("a.ttf", "b.ttf"):
+        (fonts / name).write_bytes(ImageFont.load_default(16).font_bytes)
+    monkeypatch.setattr(evaluate_tiny, "load", lambda *arguments: tiny[TINY[0]])
+    about = []
+    for more in ((), ("--fonts", str(fonts.parent))):
+        evaluate_tiny.main(["--num", "2", "--kinds", "form", "--sizes", "96x48", *more,
+                            "--out", str(tmp_path / "evaluation.json")])
+        about.append(json.loads((tmp_path / "evaluation.json").read_text()))
+    assert about[0]["results"] == about[1]["results"]
+    assert about[1]["fonts"] == ["a.ttf", "b.ttf"] != about[0]["fonts"]
+    assert "--fonts" in about[1]["command"] and "--fonts" not in about[0]["command"]
+
+    seen = []
+    monkeypatch.setattr(train_tiny, "Trainer", lambda args: seen.extend(args.fonts) or
+                        SimpleNamespace(run=lambda: None))
+    train_tiny.main(["--fonts", str(fonts.parent), "--work", str(tmp_path), "--out", str(tmp_path),
+                     "--threads", str(torch.get_num_threads())])
+    assert [font and Path(font).name for font in seen] == [None, None, "a.ttf", "b.ttf"]
+
+
 @pytest.mark.parametrize("option", ["--start-from", "--average", "--teacher"])
 def test_training_from_what_is_no_checkpoint_of_the_layout_takes_one_line(tmp_path, capsys, option):
     from experiments import train_tiny
@@ -2026,7 +2052,7 @@ def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
     ("score_heads", "--heatmap", "heads.bmp"), ("score_heads", "--out", "none/scores.json"),
     ("evaluate_tiny", "--model", "none"), ("evaluate_tiny", "--num", 0),
     ("evaluate_tiny", "--out", "none/evaluation.json"), ("evaluate_tiny", "--sizes", "9x9"),
-    ("train_tiny", "--fonts", "none"), ("train_tiny", "--fonts", "broken"),
+    ("evaluate_tiny", "--fonts", "none"), ("train_tiny", "--fonts", "broken"),
     ("train_tiny", "--work", "file/work"), ("train_tiny", "--out", "file"),
     ("train_tiny", "--device", "gpu"), ("train_tiny", "--threads", 0),
     ("train_tiny", "--workers", -1), ("train_tiny", "--report", 0),

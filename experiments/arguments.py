@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFont, ImageOps, UnidentifiedImageError
 
 from model_llava import DTYPES
 
@@ -84,6 +84,19 @@ def output_folder(text):
     if not (Path(text).is_dir() and os.access(text, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder that can be made and written")
     return Path(text)
+
+
+def font_files(folder):
+    """An argparse type: the TrueType files in a folder and the folders in it."""
+    files = sorted(map(str, Path(folder).rglob("*.ttf")))
+    if not files:
+        raise argparse.ArgumentTypeError(f"{folder!r} has no .ttf file in it")
+    for file in files:
+        try:
+            ImageFont.truetype(file)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{file!r} is not a font ({error})") from None
+    return files
 
 
 def open_image(path):

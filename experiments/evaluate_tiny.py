@@ -1,7 +1,8 @@
 """How well a small model reads, by task, kind and size of page, on pages that training never drew.
 
     python experiments/evaluate_tiny.py [--model tiny/qwen2-vl] [--num 50] [--kinds form receipt]
-                                        [--sizes 256x256 256x384] [--out FILE.json]
+                                        [--sizes 256x256 256x384] [--fonts DIR]
+                                        [--out FILE.json]
 
 For each kind and size of page it prints the mean character accuracy (1 - edit distance / length,
 not below 0) of the transcript and, for every other task (pages.WORDINGS), the share of exact
@@ -21,8 +22,8 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, output_file,
-                                   whole_number)
+from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, font_files,
+                                   output_file, whole_number)
 from experiments.drafts import write
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
 from experiments.progress import machine_name, write_json
@@ -72,13 +73,14 @@ def answers(model, image, questions):
     return texts, page.image_tokens
 
 
-def evaluate(model, kind, size, num, seed, transcripts):
+def evaluate(model, kind, size, num, seed, transcripts, fonts=(None,)):
     """Results on num pages of a kind and size (width, height), of which the first `transcripts` are
-    transcribed, too: of each task the number of pages that have it and the mean score."""
+    transcribed, too: of each task the number of pages that have it and the mean score. fonts: as
+    render_page takes them."""
     scores, image_tokens = {task: [] for task in WORDINGS}, 0
     for i in tqdm(range(num), desc=f"{kind} {size[0]} x {size[1]}", leave=False):
         rng = random.Random(f"evaluation {seed} {kind} {size} {i}")
-        page = render_page(rng, kind, *size)
+        page = render_page(rng, kind, *size, fonts=fonts)
         possible, chosen = tasks(page), []
         for task in WORDINGS:
             entries = [entry for entry in possible if entry[0] == task]
@@ -120,26 +122,31 @@ def main(argv=None):
     parser.add_argument("--transcripts", type=whole_number(0), metavar="N",
                         help="how many of the pages are transcribed, which takes most of the time "
                              "(default: all)")
+    parser.add_argument("--fonts", type=font_files, default=[None], metavar="DIR",
+                        help="TrueType files to draw the pages with, instead of the built-in font")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--out", type=output_file, metavar="FILE",
-                        help="default: evaluation.json in the model's folder")
+                        help="default: in the model's folder, evaluation.json or, with --fonts, "
+                             "evaluation-fonts.json")
     args = parser.parse_args(argv)
     transcripts = args.num if args.transcripts is None else args.transcripts
     try:
         model = load(args.model, "auto", "float32")
     except ValueError as error:
         parser.error(error)
-    results = [evaluate(model, kind, size, args.num, args.seed, transcripts)
+    results = [evaluate(model, kind, size, args.num, args.seed, transcripts, args.fonts)
                for kind in args.kinds for size in args.sizes]
     print(table(results))
+    fonts = [Path(file).name for file in args.fonts if file]
     sizes = " ".join(f"{width}x{height}" for width, height in args.sizes)
     about = dict(command=f"python experiments/evaluate_tiny.py --model {as_typed(args.model)} "
                          f"--num {args.num} --transcripts {transcripts} --seed {args.seed} "
-                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}",
+                         f"--kinds {' '.join(args.kinds)} --sizes {sizes}"
+                         + " --fonts DIR" * bool(fonts), fonts=fonts or ["Pillow's built-in"],
                  machine=machine_name(model.decoder.embed_tokens.weight.device),
                  torch=torch.__version__, transformers=transformers.__version__, seed=args.seed,
                  results=results)
-    write_json(about, args.out or model.folder / "evaluation.json")
+    write_json(about, args.out or model.folder / f"evaluation{'-fonts' * bool(fonts)}.json")
 
 
 if __name__ == "__main__":

@@ -68,9 +68,9 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
                           Qwen2VLForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import OneLineParser, device_name, output_folder, whole_number
-from experiments.pages import (COLORS, COLUMNS, ITEMS, SHAPES, load_font, prompt, render_page,
-                               tasks)
+from experiments.arguments import (OneLineParser, device_name, font_files, output_folder,
+                                   whole_number)
+from experiments.pages import COLORS, COLUMNS, ITEMS, SHAPES, prompt, render_page, tasks
 from model_llava import load
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -951,19 +951,6 @@ class Trainer:
         print(f"wrote {self.args.out}")
 
 
-def font_files(folder):
-    """An argparse type: the TrueType files in a folder and the folders in it."""
-    files = sorted(map(str, Path(folder).rglob("*.ttf")))
-    if not files:
-        raise argparse.ArgumentTypeError(f"{folder!r} has no .ttf file in it")
-    for file in files:
-        try:
-            load_font(16, file)
-        except OSError as error:
-            raise argparse.ArgumentTypeError(f"{file!r} is not a font ({error})") from None
-    return files
-
-
 def main(argv=None):
     here = Path(__file__).parent
     parser = OneLineParser(prog="train_tiny.py", description=__doc__,
@@ -979,7 +966,8 @@ def main(argv=None):
     parser.add_argument("--workers", type=whole_number(0), default=1,
                         help="processes that render pages")
     parser.add_argument("--fonts", type=font_files, metavar="DIR", default=[],
-                        help="TrueType files to draw pages with, besides the built-in font")
+                        help="TrueType files that half of the pages are drawn with, instead of the "
+                             "built-in font")
     parser.add_argument("--report", type=whole_number(1), default=250,
                         help="steps between held-out accuracies")
     parser.add_argument("--seed", type=whole_number(0), default=0)
@@ -998,7 +986,7 @@ def main(argv=None):
     if args.stage and args.stage not in stages:
         parser.error(f"--stage {args.stage}: this layout has {', '.join(stages)}")
     args.out = args.out or here.parent / "tiny" / args.layout
-    args.fonts = [None, *args.fonts]
+    args.fonts = [None] * max(1, len(args.fonts)) + args.fonts
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
