@@ -24,9 +24,9 @@ positions of a head by. Run this file to see the three parts drawn for some head
     python cache.py [--scores FILE] [--kv-heads G] [--budget 256] [--length 600]
 """
 
-import argparse
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -462,26 +462,30 @@ class KVCache:
 # ---- the command ---------------------------------------------------------------------------------
 
 def main(argv=None):
-    tiny = Path(__file__).parent / "tiny" / "qwen2-vl" / "visual_head_scores.json"
-    parser = argparse.ArgumentParser(description="Draw the three parts of some heads' budgets.")
-    parser.add_argument("--scores", default=tiny, help="visual scores (default: tiny/qwen2-vl)")
-    parser.add_argument("--kv-heads", type=int, help="default: 4 for tiny/, else all query heads")
-    parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--length", type=int, default=600, help="prompt tokens")
-    parser.add_argument("--window", type=int, default=32)
-    parser.add_argument("--rho", type=float, default=0.1)
-    args = parser.parse_args(argv)
+    from experiments.arguments import OneLineParser, share, whole_number
     from experiments.draw import draw_budgets
+    tiny = Path(__file__).parent / "tiny" / "qwen2-vl" / "visual_head_scores.json"
+    parser = OneLineParser(prog="cache.py",
+                           description="Draw the three parts of some heads' budgets.")
+    parser.add_argument("--scores", default=tiny, help="visual scores (default: tiny/qwen2-vl)")
+    parser.add_argument("--kv-heads", type=whole_number(1),
+                        help="default: 4 for tiny/, else all query heads")
+    parser.add_argument("--budget", type=whole_number(1), default=256)
+    parser.add_argument("--length", type=whole_number(1), default=600, help="prompt tokens")
+    parser.add_argument("--window", type=whole_number(1), default=32)
+    parser.add_argument("--rho", type=share, default=0.1)
+    args = parser.parse_args(argv)
     try:
-        keys = [key.split("-") for key in json.loads(Path(args.scores).read_text())]
-        L, H = (1 + max(int(key[i]) for key in keys) for i in (0, 1))
+        text = Path(args.scores).read_bytes() if Path(args.scores).is_file() else b""
+        keys = re.findall(rb'"(\d+)-(\d+)"', text) or [(0, 0)]
+        L, H = (1 + max(map(int, numbers)) for numbers in zip(*keys))
         G = args.kv_heads or (4 if args.scores == tiny else H)
-        if G < 1 or H % G:
+        if H % G:
             raise ValueError(f"--kv-heads must divide the {H} query heads, not {G}")
         s = kv_head_scores(read_head_scores(args.scores, L, H), G)
         print(draw_budgets(s, args.budget, args.length, args.window, args.rho))
-    except (OSError, ValueError, IndexError) as error:
-        parser.exit(2, f"cache.py: error: {error}\n")
+    except (OSError, ValueError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":

@@ -2060,7 +2060,9 @@ def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
     ("bench scoring", "--model", "none"), ("bench scoring", "--num", 0),
     ("bench decode", "--lengths", 31), ("bench decode", "--budgets", "few"),
     ("bench decode", "--out", "none/bench.json"),
-    ("pages", "--out", "page.bmp"), ("pages", "--width", 31)])
+    ("pages", "--out", "page.bmp"), ("pages", "--width", 31),
+    ("cache", "--scores", "none"), ("cache", "--scores", "broken/font.ttf"),
+    ("cache", "--kv-heads", 3), ("cache", "--budget", "few"), ("cache", "--window", 257)])
 def test_scripts_refuse_in_one_line(capfd, monkeypatch, tmp_path, script, argument, value):
     """And before they do any work."""
     monkeypatch.chdir(tmp_path)
@@ -2068,7 +2070,8 @@ def test_scripts_refuse_in_one_line(capfd, monkeypatch, tmp_path, script, argume
     Path("broken").mkdir()
     Path("broken", "font.ttf").write_text("no font")
     name, *part = script.split()
-    main = importlib.import_module(f"experiments.{name}" if name != "score_heads" else name).main
+    folder = "" if name in ("cache", "score_heads") else "experiments."
+    main = importlib.import_module(folder + name).main
     required = ["--out", "page.png"] if (name, argument) == ("pages", "--width") else []
     line = rejected(capfd, *part, argument, value, *required, main=main)
     assert argument.strip("-") in line and str(value) in line
