@@ -59,6 +59,11 @@ def device_name(text):
     return text
 
 
+def find_device(name):
+    """What a device_name stands for: auto is CUDA if there is one, as in model_llava.load."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def output_file(text):
     """An argparse type: a file that can be written, so that no long run ends in vain."""
     path = Path(text)
@@ -82,7 +87,7 @@ def output_folder(text):
     except OSError:
         pass
     if not (Path(text).is_dir() and os.access(text, os.W_OK)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder that can be made and written")
+        raise argparse.ArgumentTypeError(f"{str(text)!r} is not a folder that can be made and written")
     return Path(text)
 
 

@@ -45,8 +45,8 @@ from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForC
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from cache import KVCache, make_method
-from experiments.arguments import (DEFAULT_MODEL, OneLineParser, device_name, output_file,
-                                   whole_number)
+from experiments.arguments import (DEFAULT_MODEL, OneLineParser, device_name, find_device,
+                                   output_file, whole_number)
 from experiments.draw import top_share
 from experiments.pages import KINDS
 from experiments.progress import machine_name, write_json
@@ -55,7 +55,7 @@ from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
 from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
 from sparsemm import DecodingStep, clock
 
-LEAST = 32                  # tokens of a prompt, entries of a budget: the methods' window
+WINDOW = 32
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -386,10 +386,10 @@ def main(argv=None):
     parser.add_argument("part", choices=["decode", "scoring", "command"])
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
                         help="default: the 7B ones on CUDA, small-mha on a CPU")
-    parser.add_argument("--lengths", nargs="+", type=whole_number(LEAST),
+    parser.add_argument("--lengths", nargs="+", type=whole_number(WINDOW),
                         default=[2048, 8192, 16384, 32768],
                         help="prompt lengths in tokens")
-    parser.add_argument("--budgets", nargs="+", type=whole_number(LEAST), default=[64, 256, 1024])
+    parser.add_argument("--budgets", nargs="+", type=whole_number(WINDOW), default=[64, 256, 1024])
     parser.add_argument("--prefill", action="store_true", help="measure prefill and memory, too")
     parser.add_argument("--device", type=device_name, default="auto",
                         help="auto, cpu, cuda or cuda:N")
@@ -402,8 +402,7 @@ def main(argv=None):
     parser.add_argument("--out", type=output_file, metavar="FILE",
                         help="default: results/bench-PART.json beside this file")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = find_device(args.device)
     on_cpu = torch.device(args.device).type == "cpu"
     dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")

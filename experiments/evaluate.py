@@ -17,6 +17,7 @@ The folder --out holds what is done, so that the same command goes on after a ki
     table.json                and the table that is printed
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -32,8 +33,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS, NEEDS_SCORES
-from experiments.arguments import (OneLineParser, add_model_arguments, open_image, share,
-                                   whole_number)
+from experiments.arguments import (OneLineParser, add_model_arguments, open_image,
+                                   output_folder, share, whole_number)
 from experiments.metrics import (anls, choose, cider, circular, contains, relaxed_match,
                                  vqa_accuracy)
 from experiments.miniatures import make_miniatures
@@ -395,11 +396,9 @@ def prepare_folder(args, model, scores, rank):
         redistribute=not args.no_redistribute, seed=args.seed,
         scores=None if scores is None else fingerprint(scores.numpy().tobytes()))
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: cannot be made ({error.strerror})") from None
-    if not os.access(args.out, os.W_OK):
-        raise ValueError(f"--out {args.out}: cannot be written to")
+        output_folder(args.out)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"argument --out: {error}") from None
     check_settings(args.out, settings, rank)
     return settings
 

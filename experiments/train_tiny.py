@@ -72,8 +72,8 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
                           Qwen2VLForConditionalGeneration)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import (OneLineParser, device_name, font_files, output_folder,
-                                   whole_number)
+from experiments.arguments import (OneLineParser, device_name, find_device, font_files,
+                                   output_folder, whole_number)
 from experiments.pages import COLORS, COLUMNS, ITEMS, SHAPES, prompt, render_page, tasks
 from model_llava import load
 
@@ -1008,8 +1008,7 @@ def main(argv=None):
         parser.error(f"--stage {args.stage}: this layout has {', '.join(stages)}")
     args.out = args.out or here.parent / "tiny" / args.layout
     args.fonts = [None] * max(1, len(args.fonts)) + args.fonts
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = find_device(args.device)
     torch.set_num_threads(args.threads)
     try:
         trainer = Trainer(args)
