@@ -1562,7 +1562,7 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkey
     monkeypatch.setitem(train_tiny.STAGES, "qwen2-vl", (
         stage("see", "vision", steps=2), stage("read", "language", steps=3, vision_every=2)))
     args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, workers=0,
-                           fonts=(None,), report=100, work=tmp_path, out=tmp_path / "whole",
+                           fonts=(), report=100, work=tmp_path, out=tmp_path / "whole",
                            average=None)
 
     def trained(args, killed_at=None):
@@ -1611,8 +1611,7 @@ def test_training_exports_the_mean_of_two_models(tmp_path):
 
 
 def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
-    """The built-in font's own file gives the same evaluation; half of the pages of a training have
-    other fonts."""
+    """The built-in font's own file gives the same evaluation; --fonts reaches the training."""
     from experiments import evaluate_tiny, train_tiny
     fonts = tmp_path / "fonts" / "family"
     fonts.mkdir(parents=True)
@@ -1633,7 +1632,22 @@ def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
                         SimpleNamespace(run=lambda: None))
     train_tiny.main(["--fonts", str(fonts.parent), "--work", str(tmp_path), "--out", str(tmp_path),
                      "--threads", str(torch.get_num_threads())])
-    assert [font and Path(font).name for font in seen] == [None, None, "a.ttf", "b.ttf"]
+    assert [Path(font).name for font in seen] == ["a.ttf", "b.ttf"]
+
+
+def test_training_draws_a_stages_share_of_pages_in_other_fonts(monkeypatch):
+    from experiments import train_tiny
+    drawn, render_page = [], train_tiny.render_page
+    def page(rng, kind, width, height, fonts, **options):
+        drawn.append(fonts)
+        return render_page(rng, kind, width, height, **options)
+    monkeypatch.setattr(train_tiny, "render_page", page)
+    for share, fonts in ((0, ["a", "b"]), (0.25, ["a", "b"]), (1, ["a", "b"]), (1, ())):
+        stage = train_tiny.Stage("see", "vision", ((96, 48),), 200, 1, 1, 1, in_fonts=share)
+        drawn.clear()
+        train_tiny.make_batch(train_tiny.LAYOUTS["qwen2-vl"], stage, random.Random(0), fonts)
+        assert len(drawn) == drawn.count(fonts) + drawn.count((None,)) == 200
+        assert abs(drawn.count(fonts) / 200 - share * bool(fonts)) < 0.08
 
 
 @pytest.mark.parametrize("option", ["--start-from", "--average", "--teacher"])

@@ -35,7 +35,8 @@ with. Four times on qwen2-vl further stages made some pages read better and othe
 mean read nearly all of them as well as the better of the two, or better; on llava-next the mean
 was best of all.
 
-With --fonts half of the pages are drawn in other fonts than Pillow's built-in one.
+With --fonts half of the pages (in the stage "families" a quarter) are drawn in other fonts than
+Pillow's built-in one.
 
 In language steps several conversations share a page, which is computed once for all of them.
 
@@ -112,6 +113,7 @@ class Stage:
     vision_every: int = 1       # in language steps the vision tower learns in one of so many ...
     vision_rate: float = 0.4    # ... at this share of the learning rate
     hinted: bool = True         # whether the decoder is trained to name hints, too
+    in_fonts: float = 0.5       # share of pages that are drawn in --fonts, if there are any
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -220,6 +222,10 @@ STAGES = {
         Stage("fonts", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
                                     *[(256, 384)] * 2), 8, 1500, 1.2e-3, 1e-5, KINDS_IN_FONTS,
               wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0),
+        Stage("families", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
+                                       *[(256, 384)] * 2), 8, 1200, 1.2e-3, 1e-5,
+              (*["lines"] * 8, *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35,
+              vision_rate=1.0, in_fonts=0.25),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -259,6 +265,9 @@ STAGES = {
         Stage("finer", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 950, 1.2e-3,
               1e-5, FINER_OF_LLAVA, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2,
               vision_rate=0.6, hinted=False),
+        Stage("again", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 1500, 1.2e-3,
+              1e-5, (*["lines"] * 4, *FINER_OF_LLAVA), wear=0.05, rewording=0.1, transcripts=0.35,
+              vision_every=2, vision_rate=1.0, hinted=False),
     ),
 }
 
@@ -612,7 +621,7 @@ def padded(rows, filling, count, length):
     return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
 
-def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
+def make_batch(layout, stage, rng, fonts=(), teacher=None):
     """One batch of a stage: the model's keyword arguments with the hints for each position, and
     what each image token shows (see cell_contents).
 
@@ -624,8 +633,13 @@ def make_batch(layout, stage, rng, fonts=(None,), teacher=None):
     each of the model's own image tokens the number of the teacher's that shows the same cell, below
     0 for none."""
     size = rng.choice(stage.sizes)
-    pages = [render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
-                         wear=stage.wear, fonts=fonts) for _ in range(stage.batch)]
+
+    def page():
+        others = fonts and rng.random() < stage.in_fonts
+        return render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
+                           wear=stage.wear, fonts=fonts if others else (None,))
+
+    pages = [page() for _ in range(stage.batch)]
     transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(*size)
@@ -987,8 +1001,8 @@ def main(argv=None):
     parser.add_argument("--workers", type=whole_number(0), default=1,
                         help="processes that render pages")
     parser.add_argument("--fonts", type=font_files, metavar="DIR", default=[],
-                        help="TrueType files that half of the pages are drawn with, instead of the "
-                             "built-in font")
+                        help="TrueType files that half of the pages are drawn with (in some stages "
+                             "a quarter), instead of the built-in font")
     parser.add_argument("--report", type=whole_number(1), default=250,
                         help="steps between held-out accuracies")
     parser.add_argument("--seed", type=whole_number(0), default=0)
@@ -1007,7 +1021,6 @@ def main(argv=None):
     if args.stage and args.stage not in stages:
         parser.error(f"--stage {args.stage}: this layout has {', '.join(stages)}")
     args.out = args.out or here.parent / "tiny" / args.layout
-    args.fonts = [None] * max(1, len(args.fonts)) + args.fonts
     args.device = find_device(args.device)
     torch.set_num_threads(args.threads)
     try:
