@@ -31,12 +31,11 @@ shared it. Positions are counted otherwise there, and nothing keeps the copy as 
 
 With --start-from and --average the stages from --stage on begin with trained weights, and what is
 written is the mean of what became of them and of other weights, as a rule those that they began
-with. Five times on qwen2-vl further stages made some pages read better and others worse, and the
-mean read nearly all of them as well as the better of the two, or better; three times on llava-next
-the mean read better than what was before it.
+with. The last stages by themselves made many pages read worse; the mean read them about as well as
+before or better on qwen2-vl, and better on llava-next (figures: tiny/README.md).
 
-With --fonts half of the pages (in the stage "families" a quarter) are drawn in other fonts than
-Pillow's built-in one.
+With --fonts a share of the pages, Stage.in_fonts, is drawn in other fonts than Pillow's built-in
+one.
 
 In language steps several conversations share a page, which is computed once for all of them.
 
@@ -157,6 +156,9 @@ FINAL_OF_LLAVA = (*["lines"] * 8, *["shapes"] * 8, *["form"] * 6, *["letter"] * 
                   *["table"] * 5, *["label"] * 4, *["receipt"] * 2)
 FINER_OF_LLAVA = (*["shapes"] * 10, *["lines"] * 10, *["form"] * 8, *["letter"] * 7, *["table"] * 6,
                   *["label"] * 6, *["sign"] * 3, *["receipt"] * 2)
+LINES_OF_LLAVA = (*["lines"] * 4, *FINER_OF_LLAVA)
+SIZES_OF_QWEN = ((256, 128), (256, 192), *[(256, 256)] * 2, *[(256, 384)] * 2)
+SIZES_OF_LLAVA = ((256, 128), *[(256, 256)] * 2, (256, 384))
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -198,34 +200,27 @@ STAGES = {
               1.3e-3, 1e-5, FAR_KINDS, wear=0.05, rewording=0.1, transcripts=0.5, vision_every=3),
         Stage("shapes", "language", ((256, 128), (256, 192), (256, 256)), 8, 700, 1.2e-3, 1e-3,
               MOSTLY_SHAPES, wear=0.05, rewording=0.1, transcripts=0.2, vision_every=3),
-        Stage("last", "language", ((256, 128), (256, 192), *[(256, 256)] * 2, *[(256, 384)] * 2), 8,
-              1500, 1e-3, 1e-5, LAST_OF_QWEN, wear=0.05, rewording=0.1, transcripts=0.4,
-              vision_every=2, vision_rate=0.6),
+        Stage("last", "language", SIZES_OF_QWEN, 8, 1500, 1e-3, 1e-5, LAST_OF_QWEN, wear=0.05,
+              rewording=0.1, transcripts=0.4, vision_every=2, vision_rate=0.6),
         Stage("sharper", "vision", ((256, 128), (256, 96), (192, 192)), 12, 5000, 1e-3, 2e-5,
               SHARPER_KINDS, wear=0.05),
         Stage("final", "language", ((256, 192), *[(256, 256)] * 3, *[(256, 384)] * 2), 8, 900,
               1e-3, 1e-5, FINAL_OF_QWEN, wear=0.05, rewording=0.1, transcripts=0.35,
               vision_every=2, vision_rate=0.6),
-        Stage("balanced", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
-                                       *[(256, 384)] * 2), 8, 360, 8e-4, 1e-5, BALANCED_KINDS,
-              wear=0.05, rewording=0.1, transcripts=0.3, vision_every=2, vision_rate=0.6),
-        Stage("finer", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
-                                    *[(256, 384)] * 2), 8, 1750, 1e-3, 1e-5, FINER_OF_QWEN,
-              wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
-        Stage("next", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
-                                   *[(256, 384)] * 2), 8, 1000, 1e-3, 1e-5, FINER_OF_QWEN,
-              wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
-        Stage("again", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
-                                    *[(256, 384)] * 2), 8, 1200, 1e-3, 1e-5,
-              (*["lines"] * 4, *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35,
-              vision_every=2, vision_rate=0.8),
-        Stage("fonts", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
-                                    *[(256, 384)] * 2), 8, 1500, 1.2e-3, 1e-5, KINDS_IN_FONTS,
-              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0),
-        Stage("families", "language", ((256, 128), (256, 192), *[(256, 256)] * 2,
-                                       *[(256, 384)] * 2), 8, 1200, 1.2e-3, 1e-5,
-              (*["lines"] * 8, *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35,
-              vision_rate=1.0, in_fonts=0.25),
+        Stage("balanced", "language", SIZES_OF_QWEN, 8, 360, 8e-4, 1e-5, BALANCED_KINDS, wear=0.05,
+              rewording=0.1, transcripts=0.3, vision_every=2, vision_rate=0.6),
+        Stage("finer", "language", SIZES_OF_QWEN, 8, 1750, 1e-3, 1e-5, FINER_OF_QWEN, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
+        Stage("next", "language", SIZES_OF_QWEN, 8, 1000, 1e-3, 1e-5, FINER_OF_QWEN, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
+        Stage("again", "language", SIZES_OF_QWEN, 8, 1200, 1e-3, 1e-5, (*["lines"] * 4,
+              *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2,
+              vision_rate=0.8),
+        Stage("fonts", "language", SIZES_OF_QWEN, 8, 1500, 1.2e-3, 1e-5, KINDS_IN_FONTS, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_rate=1.0),
+        Stage("families", "language", SIZES_OF_QWEN, 8, 1200, 1.2e-3, 1e-5, (*["lines"] * 8,
+              *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
+              in_fonts=0.25),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -249,28 +244,24 @@ STAGES = {
         Stage("finish", "language", (*[(256, 128)] * 2, *[(256, 256)] * 2, (256, 384)), 8, 1400,
               1.2e-3, 2e-5, LAST_KINDS, wear=0.05, rewording=0.1, transcripts=0.35,
               vision_every=2),
-        Stage("polish", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 700, 7e-4, 1e-5,
-              WEAK_KINDS, wear=0.05, rewording=0.1, transcripts=0.4, vision_every=2),
-        Stage("dense", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 2100, 1.5e-3,
-              1e-5, DENSE_KINDS, wear=0.05, rewording=0.1, transcripts=0.4, vision_rate=1.0),
+        Stage("polish", "language", SIZES_OF_LLAVA, 8, 700, 7e-4, 1e-5, WEAK_KINDS, wear=0.05,
+              rewording=0.1, transcripts=0.4, vision_every=2),
+        Stage("dense", "language", SIZES_OF_LLAVA, 8, 2100, 1.5e-3, 1e-5, DENSE_KINDS, wear=0.05,
+              rewording=0.1, transcripts=0.4, vision_rate=1.0),
         Stage("wider", "vision", ((256, 128), (128, 256)), 12, 6500, 2e-3, 5e-5, GLYPH_KINDS,
               wear=0.05),
-        Stage("last", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 1300, 1.2e-3,
-              1e-5, LAST_OF_LLAVA, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2),
+        Stage("last", "language", SIZES_OF_LLAVA, 8, 1300, 1.2e-3, 1e-5, LAST_OF_LLAVA, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2),
         Stage("sharper", "vision", ((256, 128), (128, 256)), 12, 12000, 2e-3, 3e-5, GLYPH_KINDS,
               wear=0.05),
-        Stage("final", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 750, 1.2e-3,
-              1e-5, FINAL_OF_LLAVA, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2,
-              hinted=False),
-        Stage("finer", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 950, 1.2e-3,
-              1e-5, FINER_OF_LLAVA, wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2,
-              vision_rate=0.6, hinted=False),
-        Stage("again", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 1500, 1.2e-3,
-              1e-5, (*["lines"] * 4, *FINER_OF_LLAVA), wear=0.05, rewording=0.1, transcripts=0.35,
-              vision_every=2, vision_rate=1.0, hinted=False),
-        Stage("more", "language", ((256, 128), *[(256, 256)] * 2, (256, 384)), 8, 1300, 1.2e-3,
-              1e-5, (*["lines"] * 4, *FINER_OF_LLAVA), wear=0.05, rewording=0.1, transcripts=0.35,
-              vision_every=2, vision_rate=1.0, hinted=False),
+        Stage("final", "language", SIZES_OF_LLAVA, 8, 750, 1.2e-3, 1e-5, FINAL_OF_LLAVA, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, hinted=False),
+        Stage("finer", "language", SIZES_OF_LLAVA, 8, 950, 1.2e-3, 1e-5, FINER_OF_LLAVA, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.6, hinted=False),
+        Stage("again", "language", SIZES_OF_LLAVA, 8, 1500, 1.2e-3, 1e-5, LINES_OF_LLAVA, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
+        Stage("more", "language", SIZES_OF_LLAVA, 8, 1300, 1.2e-3, 1e-5, LINES_OF_LLAVA, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
     ),
 }
 
@@ -637,12 +628,12 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
     0 for none."""
     size = rng.choice(stage.sizes)
 
-    def page():
+    def draw():
         others = fonts and rng.random() < stage.in_fonts
         return render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                            wear=stage.wear, fonts=fonts if others else (None,))
 
-    pages = [page() for _ in range(stage.batch)]
+    pages = [draw() for _ in range(stage.batch)]
     transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(*size)
@@ -1004,8 +995,8 @@ def main(argv=None):
     parser.add_argument("--workers", type=whole_number(0), default=1,
                         help="processes that render pages")
     parser.add_argument("--fonts", type=font_files, metavar="DIR", default=[],
-                        help="TrueType files that half of the pages are drawn with (in some stages "
-                             "a quarter), instead of the built-in font")
+                        help="TrueType files that a stage's share of the pages is drawn with, "
+                             "instead of the built-in font")
     parser.add_argument("--report", type=whole_number(1), default=250,
                         help="steps between held-out accuracies")
     parser.add_argument("--seed", type=whole_number(0), default=0)
