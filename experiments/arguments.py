@@ -87,7 +87,8 @@ def output_folder(text):
     except OSError:
         pass
     if not (Path(text).is_dir() and os.access(text, os.W_OK)):
-        raise argparse.ArgumentTypeError(f"{str(text)!r} is not a folder that can be made and written")
+        raise argparse.ArgumentTypeError(f"{str(text)!r} is not a folder that can be made and "
+                                         "written")
     return Path(text)
 
 
