@@ -1593,21 +1593,53 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkey
             == (tmp_path / "whole" / "model.safetensors").read_bytes())
 
 
-def test_training_exports_the_mean_of_two_models(tmp_path):
+@pytest.fixture
+def two_checkpoints(tmp_path, monkeypatch):
+    """Two random ones in tmp_path, for a training of one short stage: (layout, stage, args)."""
     from experiments import train_tiny
-    layout, folders = train_tiny.LAYOUTS["qwen2-vl"], [tmp_path / "one", tmp_path / "other"]
-    for folder in folders:
-        train_tiny.save_checkpoint_folder(layout, layout.model_class(layout.config()), folder)
-    args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, work=tmp_path,
-                           out=tmp_path / "mean", average=folders[1])
+    layout = train_tiny.LAYOUTS["qwen2-vl"]
+    stage = train_tiny.Stage("read", "language", ((64, 32),), 2, 1, 1e-3, 1e-3)
+    monkeypatch.setitem(train_tiny.STAGES, "qwen2-vl", (stage,))
+    for name in ("one", "other"):
+        train_tiny.save_checkpoint_folder(layout, layout.model_class(layout.config()),
+                                          tmp_path / name)
+    return layout, stage, SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None,
+                                          work=tmp_path, out=tmp_path / "mean", average=None)
+
+
+def test_training_exports_the_mean_of_two_models(two_checkpoints, tmp_path):
+    from experiments import train_tiny
+    *_, args = two_checkpoints
+    args.average = tmp_path / "other"
     trainer = train_tiny.Trainer(args)
-    trainer.start_from(folders[0], "last")
+    trainer.start_from(tmp_path / "one", "read")
     trainer.export()
-    one, other, mean = (load_file(folder / "model.safetensors") for folder in (*folders, args.out))
+    one, other, mean = (load_file(tmp_path / name / "model.safetensors")
+                        for name in ("one", "other", "mean"))
     assert one.keys() == mean.keys()
     assert any(not torch.equal(one[name], other[name]) for name in one)
     for name, x in mean.items():
         assert torch.equal(x, ((one[name].float() + other[name].float()) / 2).bfloat16())
+
+
+def test_training_that_starts_from_weights(two_checkpoints, tmp_path):
+    """The layers that name characters learn before the model does; and once a state is saved, it
+    goes on from that, as the same command given again must."""
+    from experiments import train_tiny
+    layout, stage, args = two_checkpoints
+    trainer = train_tiny.Trainer(args)
+    batch = train_tiny.make_batch(layout, replace(stage, step="vision"), random.Random(0))
+    before = trainer.loss(*batch, "vision")[0].item()
+    trainer.start_from(tmp_path / "one", "read")
+    assert trainer.loss(*batch, "vision")[0].item() < before - 1
+    one = layout.model_class.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    assert all(map(torch.equal, one.parameters(), trainer.model.parameters()))
+    trainer.step = 1
+    trainer.save(every=0)
+    again = train_tiny.Trainer(args)
+    again.start_from(tmp_path / "other", "read")
+    assert again.step == 1
+    assert all(map(torch.equal, one.parameters(), again.model.parameters()))
 
 
 def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):

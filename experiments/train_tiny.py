@@ -55,7 +55,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -823,11 +823,28 @@ class Trainer:
             self.load()
 
     def start_from(self, folder, stage):
-        """Begins at a stage with the weights of an exported folder. The layers that name characters
-        and hints are not among them; they learn anew, which takes some minutes."""
+        """Begins at a stage with the weights of an exported folder, unless a saved state goes on.
+        The layers that name characters and hints are not among the weights; those on the image
+        tokens learn first, while the model stands still."""
         weights = read_checkpoint(self.args.layout, "--start-from", folder)
+        if self.state_file.exists():
+            return
         self.model.load_state_dict(weights.state_dict())
         self.stage = [s.name for s in self.stages].index(stage)
+        self.learn_names(replace(self.stages[self.stage], step="vision"))
+
+    def learn_names(self, stage, steps=120):
+        """Trains the layers that name what image tokens show, and nothing else."""
+        layers = nn.ModuleList([self.cells, self.hints[0]])
+        optimizer = torch.optim.Adam(layers.parameters())
+        self.model.requires_grad_(False)
+        for step in tqdm(range(steps), desc="names"):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
+            batch = make_batch(self.layout, stage, random.Random(f"names {step}"))
+            self.loss(*batch, "vision")[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.model.requires_grad_(True)
 
     def load(self):
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
@@ -1000,7 +1017,8 @@ def main(argv=None):
     parser.add_argument("--report", type=whole_number(1), default=250,
                         help="steps between held-out accuracies")
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--start-from", metavar="DIR", help="begin with the weights in a folder")
+    parser.add_argument("--start-from", metavar="DIR",
+                        help="begin with the weights in a folder, unless --work has a state")
     parser.add_argument("--teacher", metavar="DIR",
                         help="a trained qwen2-vl checkpoint: llava-next learns to see as it does, "
                              "and starts from its decoder")
