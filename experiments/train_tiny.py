@@ -2,7 +2,7 @@
 
     python experiments/train_tiny.py [--work DIR] [--out DIR] [--device DEVICE] [--threads N] ...
     python experiments/train_tiny.py --layout llava-next --teacher tiny/qwen2-vl ...
-    python experiments/train_tiny.py --start-from DIR --stage NAME --average DIR ...
+    python experiments/train_tiny.py --start-from DIR --stage NAME --average DIR [DIR ...] ...
 
 Two kinds of step, both with transformers' own classes (the forward pass of this project,
 model_llava.py, is then tested against them):
@@ -811,7 +811,8 @@ class Trainer:
         self.hinted = None                 # the output of layer HINTED_LAYER in that pass
         self.model.model.language_model.layers[HINTED_LAYER].register_forward_hook(
             lambda module, inputs, output: setattr(self, "hinted", output))
-        self.average = read_checkpoint(args.layout, "--average", args.average)
+        self.average = [read_checkpoint(args.layout, "--average", folder)
+                        for folder in args.average]
         self.teacher = read_checkpoint("qwen2-vl", "--teacher", args.teacher)
         self.teachers_tokens = None
         if self.teacher:
@@ -987,12 +988,12 @@ class Trainer:
 
     @torch.no_grad()
     def export(self):
-        """Writes --out: the weights as they are, or with --average their mean with those in another
-        folder (arXiv 2203.05482)."""
-        if self.average:
-            other = dict(self.average.named_parameters())
-            for name, parameter in self.model.named_parameters():
-                parameter.lerp_(other[name].to(self.device), 0.5)
+        """Writes --out: the weights as they are, or with --average their mean with those in other
+        folders (arXiv 2203.05482)."""
+        others = [dict(model.named_parameters()) for model in self.average]
+        for name, parameter in self.model.named_parameters():
+            for count, other in enumerate(others, 2):
+                parameter.lerp_(other[name].to(self.device), 1 / count)
         save_checkpoint_folder(self.layout, self.model, self.args.out)
         print(f"wrote {self.args.out}")
 
@@ -1025,9 +1026,9 @@ def main(argv=None):
     parser.add_argument("--stage", help="where --start-from begins (default: the last stage)")
     parser.add_argument("--export", action="store_true",
                         help="write --out from the saved state and stop")
-    parser.add_argument("--average", metavar="DIR",
-                        help="write the mean of the trained weights and those in a folder, as a "
-                             "rule the one that the training began with")
+    parser.add_argument("--average", nargs="+", metavar="DIR", default=[],
+                        help="write the mean of the trained weights and those in some folders, as "
+                             "a rule those that the training began with, and those of other seeds")
     args = parser.parse_args(argv)
     stages = [stage.name for stage in STAGES[args.layout]]
     if args.stage and args.stage not in stages:
