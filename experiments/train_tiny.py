@@ -157,6 +157,7 @@ FINAL_OF_LLAVA = (*["lines"] * 8, *["shapes"] * 8, *["form"] * 6, *["letter"] * 
 FINER_OF_LLAVA = (*["shapes"] * 10, *["lines"] * 10, *["form"] * 8, *["letter"] * 7, *["table"] * 6,
                   *["label"] * 6, *["sign"] * 3, *["receipt"] * 2)
 LINES_OF_LLAVA = (*["lines"] * 4, *FINER_OF_LLAVA)
+MORE_LINES_OF_LLAVA = (*["lines"] * 2, *["letter"] * 3, *LINES_OF_LLAVA)
 SIZES_OF_QWEN = ((256, 128), (256, 192), *[(256, 256)] * 2, *[(256, 384)] * 2)
 SIZES_OF_LLAVA = ((256, 128), *[(256, 256)] * 2, (256, 384))
 STAGES = {
@@ -262,6 +263,8 @@ STAGES = {
               rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
         Stage("more", "language", SIZES_OF_LLAVA, 8, 1300, 1.2e-3, 1e-5, LINES_OF_LLAVA, wear=0.05,
               rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
+        Stage("still", "language", SIZES_OF_LLAVA, 8, 880, 9.5e-4, 1e-5, MORE_LINES_OF_LLAVA,
+              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False),
     ),
 }
 
