@@ -839,8 +839,7 @@ class Trainer:
 
     def learn_names(self, stage, steps=120):
         """Trains the layers that name what image tokens show, and nothing else."""
-        layers = nn.ModuleList([self.cells, self.hints[0]])
-        optimizer = torch.optim.Adam(layers.parameters())
+        optimizer = torch.optim.Adam([*self.cells.parameters(), *self.hints[0].parameters()])
         self.model.requires_grad_(False)
         for step in tqdm(range(steps), desc="names"):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
