@@ -1539,6 +1539,21 @@ def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
     assert all(torch.equal(batch[key], x) for key, x in unhinted.items() if torch.is_tensor(x))
 
 
+def test_training_on_large_pages():
+    """A batch has fewer of them, but one at least; of a page's many lines the first are hinted."""
+    from experiments import pages, train_tiny
+    layout = train_tiny.LAYOUTS["qwen2-vl"]
+    for size, drawn in (((64, 32), 4), ((64, 64), 4), ((128, 64), 2), ((256, 256), 1)):
+        stage = train_tiny.Stage("read", "language", (size,), 4, 1, 0, 0, pixels=4 * 64 * 64)
+        batch, _ = train_tiny.make_batch(layout, stage, random.Random(0))
+        assert len(batch["input_ids"]) == len(batch["image_grid_thw"]) == drawn
+    page = pages.Page(Image.new("RGB", (32, 640)),
+                      [[pages.Word("1", (0, 16 * i, 16, 16 * i + 16), ())] for i in range(40)])
+    lines = train_tiny.cell_hints(page)[:, 0, 2].tolist()
+    assert [train_tiny.LINES[i] for i in lines[:28]] == [str(i) for i in range(1, 29)]
+    assert lines[28:] == [train_tiny.IGNORE] * 12
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_in_training_has_the_gradients_of_its_definition(causal):
     from experiments.train_tiny import PageByPage
@@ -1563,7 +1578,7 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkey
         stage("see", "vision", steps=2), stage("read", "language", steps=3, vision_every=2)))
     args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, workers=0,
                            fonts=(), report=100, work=tmp_path, out=tmp_path / "whole",
-                           average=[])
+                           average=[], dtype="bfloat16")
 
     def trained(args, killed_at=None):
         """Every state that training saves, which it does after every step here."""
@@ -1604,7 +1619,8 @@ def three_checkpoints(tmp_path, monkeypatch):
         train_tiny.save_checkpoint_folder(layout, layout.model_class(layout.config()),
                                           tmp_path / name)
     return layout, stage, SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None,
-                                          work=tmp_path, out=tmp_path / "mean", average=[])
+                                          work=tmp_path, out=tmp_path / "mean", average=[],
+                                          dtype="float32")
 
 
 def test_training_exports_the_mean_of_models(three_checkpoints, tmp_path):
@@ -1703,7 +1719,7 @@ def test_the_second_small_model_learns_from_the_first(tmp_path):
     from experiments import train_tiny
     trainer = train_tiny.Trainer(SimpleNamespace(
         seed=0, device="cpu", work=tmp_path, layout="llava-next", average=[],
-        teacher=HERE / "tiny" / "qwen2-vl"))
+        dtype="bfloat16", teacher=HERE / "tiny" / "qwen2-vl"))
     stage = train_tiny.Stage("test", "vision", ((256, 128),), 2, 1, 0, 0, ("form",))
     first = train_tiny.LAYOUTS["qwen2-vl"]
     batch, labels = train_tiny.make_batch(trainer.layout, stage, random.Random(1), teacher=first)

@@ -113,6 +113,7 @@ class Stage:
     vision_rate: float = 0.4    # ... at this share of the learning rate
     hinted: bool = True         # whether the decoder is trained to name hints, too
     in_fonts: float = 0.5       # share of pages that are drawn in --fonts, if there are any
+    pixels: float = math.inf    # of a batch's pages together: of large pages a batch has fewer
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -156,10 +157,14 @@ FINAL_OF_LLAVA = (*["lines"] * 8, *["shapes"] * 8, *["form"] * 6, *["letter"] * 
                   *["table"] * 5, *["label"] * 4, *["receipt"] * 2)
 FINER_OF_LLAVA = (*["shapes"] * 10, *["lines"] * 10, *["form"] * 8, *["letter"] * 7, *["table"] * 6,
                   *["label"] * 6, *["sign"] * 3, *["receipt"] * 2)
+LINES_OF_QWEN = (*["lines"] * 4, *FINER_OF_QWEN)
 LINES_OF_LLAVA = (*["lines"] * 4, *FINER_OF_LLAVA)
 MORE_LINES_OF_LLAVA = (*["lines"] * 2, *["letter"] * 3, *LINES_OF_LLAVA)
 SIZES_OF_QWEN = ((256, 128), (256, 192), *[(256, 256)] * 2, *[(256, 384)] * 2)
 SIZES_OF_LLAVA = ((256, 128), *[(256, 256)] * 2, (256, 384))
+LARGE_OF_QWEN = (*SIZES_OF_QWEN, (384, 384), (512, 256), (384, 512), *[(512, 512)] * 3)
+LARGE_OF_LLAVA = (*[(256, 256)] * 2, (256, 384), (384, 384), (512, 256), (384, 512),
+                  *[(512, 512)] * 2)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -214,14 +219,16 @@ STAGES = {
               rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
         Stage("next", "language", SIZES_OF_QWEN, 8, 1000, 1e-3, 1e-5, FINER_OF_QWEN, wear=0.05,
               rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
-        Stage("again", "language", SIZES_OF_QWEN, 8, 1200, 1e-3, 1e-5, (*["lines"] * 4,
-              *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_every=2,
-              vision_rate=0.8),
+        Stage("again", "language", SIZES_OF_QWEN, 8, 1200, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.8),
         Stage("fonts", "language", SIZES_OF_QWEN, 8, 1500, 1.2e-3, 1e-5, KINDS_IN_FONTS, wear=0.05,
               rewording=0.1, transcripts=0.35, vision_rate=1.0),
         Stage("families", "language", SIZES_OF_QWEN, 8, 1200, 1.2e-3, 1e-5, (*["lines"] * 8,
               *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
               in_fonts=0.25),
+        Stage("large", "language", LARGE_OF_QWEN, 8, 600, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
+              rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
+              in_fonts=0.25, pixels=8 * 256 * 256),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -265,6 +272,9 @@ STAGES = {
               rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
         Stage("still", "language", SIZES_OF_LLAVA, 8, 880, 9.5e-4, 1e-5, MORE_LINES_OF_LLAVA,
               wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False),
+        Stage("large", "language", LARGE_OF_LLAVA, 8, 600, 1e-3, 1e-5, MORE_LINES_OF_LLAVA,
+              wear=0.05, rewording=0.1, transcripts=0.25, vision_rate=1.0, hinted=False,
+              pixels=8 * 256 * 256),
     ),
 }
 
@@ -557,11 +567,12 @@ def cell_hints(page):
     hinted = [(thing.box, (number(HINTS, thing.text), IGNORE, number(LINES, f"shape {i}")))
               for i, thing in enumerate(page.objects, 1)]
     header, *body = page.lines
-    hinted += [(word.box, (IGNORE, IGNORE, i))
-               for i, line in enumerate(page.lines) for word in line]
+    hinted += [(word.box, (IGNORE, IGNORE, number(LINES, str(i))))
+               for i, line in enumerate(page.lines, 1) for word in line]
     if header[0].text == "Item":
-        hinted += [(cell.box, (number(HINTS, column.text), number(ITEMS, item.text), i))
-                   for i, (item, *cells) in enumerate(body, 1)
+        hinted += [(cell.box, (number(HINTS, column.text), number(ITEMS, item.text),
+                               number(LINES, str(i))))
+                   for i, (item, *cells) in enumerate(body, 2)
                    for column, cell in zip(header[1:], cells)]
     for box, numbers in hinted:
         x0, y0, x1, y1 = (round(edge / CELL) for edge in box)
@@ -636,7 +647,7 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
         return render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                            wear=stage.wear, fonts=fonts if others else (None,))
 
-    pages = [draw() for _ in range(stage.batch)]
+    pages = [draw() for _ in range(max(1, min(stage.batch, stage.pixels // math.prod(size))))]
     transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(*size)
@@ -871,6 +882,9 @@ class Trainer:
         os.replace(temporary, self.state_file)
         self.saved = time.time()
 
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bfloat16")
+
     def loss(self, batch, contents, step):
         """The stage's loss; token accuracy (language) or cell accuracy (vision) of the batch."""
         characters, shapes = contents.to(self.device).split([CHARS_PER_CELL, 1], 1)
@@ -878,7 +892,7 @@ class Trainer:
         teacher, same_cell, hints = (batch.pop(name, None)
                                      for name in ("teacher", "same_cell", "hints"))
         batch = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in batch.items()}
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with self.autocast():
             if step == "vision":
                 self.layout.see(self.model, batch)
             else:
@@ -903,7 +917,7 @@ class Trainer:
     def unlike(self, teacher, same_cell):
         """Mean squared difference of the image tokens from the teacher's of the same cells, over
         the teacher's variance."""
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+        with torch.no_grad(), self.autocast():
             LAYOUTS["qwen2-vl"].see(self.teacher, {name: tensor.to(self.device)
                                                    for name, tensor in teacher.items()})
         taught, shown = self.teachers_tokens.float(), same_cell >= 0
@@ -1011,6 +1025,9 @@ def main(argv=None):
                         help="where the training state is kept")
     parser.add_argument("--device", type=device_name, default="auto",
                         help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
+                        help="what matrix products are computed in; without units for bfloat16 a "
+                             "processor is faster in float32")
     parser.add_argument("--threads", type=whole_number(1), default=os.cpu_count())
     parser.add_argument("--workers", type=whole_number(0), default=1,
                         help="processes that render pages")
