@@ -2714,7 +2714,8 @@ def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, caps
     assert "vicuna (MHA) | qwen (GQA)" in text and "(out/main-qwen.png)" in text
     assert all(f"* [{part}, qwen](out/{part}-qwen.md): `python" in text
                for part in reproduce.PARTS)
-    for part in ("heads", "main", "beyond", "fastv"):
+    assert "512 x 512 pixels" in stored["large-qwen.json"]["tables"][0]["title"]
+    for part in ("heads", "main", "large", "beyond", "fastv"):
         table = next(t for t in stored[f"{part}-qwen.json"]["tables"] if t["readme"])
         label, *cells = table["rows"][0]
         assert f"#### {part}, qwen (GQA)" in text and table["title"] in text

@@ -4,6 +4,7 @@
 
     heads           how many heads look at the image, and how concentrated their scores are
     main            every method at every budget, by page size; answers written freely
+    large           the same on pages of 512 x 512 pixels, with scores from the smaller ones
     ablation        window, uniform and score part; rho; the window's size
     masking         the visual heads switched off, against random ones
     robustness      scores from other kinds of pages, from detection, from fewer pages
@@ -58,6 +59,7 @@ HERE = Path(__file__).resolve().parent
 SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")
 BUDGETS = (48, 64, 96, 128, 256, 512)                       # of the paper's ablation
 TIGHT = BUDGETS[:3]
+LARGE = (512, 512)              # pixels: more than 1,000 image tokens for the small models
 RIVALS = ("shuffled", "random", "snapkv", "pyramidkv", "adakv")
 WRITERS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "shuffled")             # who write freely
 TASKS = {"question": ("form", "receipt", "table", "label"),
@@ -285,6 +287,12 @@ def row(budgets=BUDGETS, **changes):
     return [s if s.budget >= s.window else None for s in settings]
 
 
+def by_method(methods=METHODS[1:], budgets=BUDGETS):
+    """The rows of a table that compares some methods, the full cache first."""
+    return {"full": [Setting("full")] * len(budgets),
+            **{method: row(budgets, method=method) for method in methods}}
+
+
 def flat(*groups):
     """All settings of some tables' rows, each once."""
     return list(dict.fromkeys(s for rows in groups for r in rows.values() for s in r if s))
@@ -364,8 +372,7 @@ def heads(run):
 
 def main_part(run):
     """Every method at every budget, questions and transcripts, by page size."""
-    rows = {"full": [Setting("full")] * len(BUDGETS), **{m: row(method=m) for m in METHODS[1:]}}
-    tables, claims, curves, size = [], [], {}, run.reading_size()
+    rows, tables, claims, curves, size = by_method(), [], [], {}, run.reading_size()
     for task in TASKS:
         for other in run.sizes:
             measured, T = run.measure("main", task, other, flat(rows))
@@ -376,7 +383,7 @@ def main_part(run):
                      against(rows, "sparsemm"), measured),
                 grid(f"Entries really kept per head, {where}", BUDGETS, rows, measured, "kept")]
             if other == size:
-                claims += main_claims(task, measured, T, rows)
+                claims += main_claims(f"{task}s", measured, T, rows)
                 curves[where] = {m: [(measured[s]["kept"].mean(), measured[s]["accuracy"].mean())
                                      for s in dict.fromkeys(r)] for m, r in rows.items()}
     picture = f"main-{run.name}.png"
@@ -386,22 +393,35 @@ def main_part(run):
                 claims=claims, picture=picture)
 
 
-def main_claims(task, measured, T, rows):
-    """What the paper says of methods and budgets, on one task at the reading size."""
+def large(run):
+    """Every method at every budget on large pages, half as many as of the others."""
+    rows, num, tables, claims = by_method(), max(1, run.pages // 2), [], []
+    for task in TASKS:
+        measured, T = run.measure("large", task, LARGE, flat(rows), num=num)
+        where = place(task, LARGE, T)
+        tables += [grid(f"Accuracy, {where}, {num} pages, %", BUDGETS, rows, measured, readme=True),
+                   grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
+                        against(rows, "sparsemm"), measured)]
+        claims += main_claims(f"{task}s, large pages", measured, T, rows)
+    return dict(facts=dict(pages=num, size=LARGE), tables=tables, claims=claims)
+
+
+def main_claims(where, measured, T, rows):
+    """What the paper says of methods and budgets, of one task at one page size."""
     paper = {"snapkv": "+4 DocVQA, +6 OCRBench, at 256", "pyramidkv": "+3, +4", "adakv": "+3, +4"}
-    claims = [claim(f"sparsemm above {rival} up to a quarter of the prompt, {task}s",
+    claims = [claim(f"sparsemm above {rival} up to a quarter of the prompt, {where}",
                     paper.get(rival, "above"),
                     compared(measured, rows["sparsemm"], rows[rival], tight(T)), positive)
               for rival in RIVALS]
     if wide := [i for i, b in enumerate(BUDGETS) if b >= T / 2]:
         claims.append(claim(
-            f"sparsemm loses no more than a point from half the prompt on, {task}s",
+            f"sparsemm loses no more than a point from half the prompt on, {where}",
             "0 on DocVQA and OCRBench, at 256",
             compared(measured, rows["sparsemm"], rows["full"], wide), lambda f: f[0] >= -0.01))
-    claims.append(claim(f"random scores are as good as snapkv, {task}s", "about equal",
+    claims.append(claim(f"random scores are as good as snapkv, {where}", "about equal",
                         compared(measured, rows["random"], rows["snapkv"], tight(T)),
                         lambda f: f[1] <= 0 <= f[2]))
-    claims.append(claim(f"random scores gain no more than a point over snapkv, {task}s",
+    claims.append(claim(f"random scores gain no more than a point over snapkv, {where}",
                         "about equal", compared(measured, rows["random"], rows["snapkv"], tight(T)),
                         lambda f: f[0] <= 0.01))
     return claims
@@ -410,8 +430,7 @@ def main_claims(task, measured, T, rows):
 def free_running(run, size):
     """Tables of answers that are written freely, with the real cache, on some of the pages."""
     budgets = BUDGETS[1:4]
-    rows = {"full": [Setting("full")] * len(budgets),
-            **{m: row(budgets, method=m) for m in WRITERS}}
+    rows = by_method(WRITERS, budgets)
     settings, tables = flat(rows), []
     for task, num, measures in (
             ("question", max(1, run.pages // 2), dict(exact=lambda a, b: float(a == b),
@@ -681,7 +700,7 @@ def fastv(run, layer=2):
     return dict(facts=dict(pages=num, size=size), tables=tables, claims=[])
 
 
-PARTS = dict(heads=heads, main=main_part, ablation=ablation, masking=masking,
+PARTS = dict(heads=heads, main=main_part, large=large, ablation=ablation, masking=masking,
              robustness=robustness, redistribution=redistribution, beyond=beyond, fastv=fastv)
 
 

@@ -226,7 +226,7 @@ STAGES = {
         Stage("families", "language", SIZES_OF_QWEN, 8, 1200, 1.2e-3, 1e-5, (*["lines"] * 8,
               *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
               in_fonts=0.25),
-        Stage("large", "language", LARGE_OF_QWEN, 8, 600, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
+        Stage("large", "language", LARGE_OF_QWEN, 8, 340, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
               rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
               in_fonts=0.25, pixels=8 * 256 * 256),
     ),
