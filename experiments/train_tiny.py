@@ -21,8 +21,8 @@ were read badly; what they do by themselves was not measured. They were not enou
 told columns apart, and the heads that look answers up, in the last layers, did not ask for them,
 until pages of the kind "fields", where the column alone says which value is meant, were mixed in.
 
-STAGES says in which order, on pages that grow from one short line to a receipt. A model that cannot
-tell characters apart does not learn to find them either, so vision comes first.
+STAGES says in which order, on pages that grow from one short line to 1,024 image tokens. A model
+that cannot tell characters apart does not learn to find them either, so vision comes first.
 
 With --teacher the LLaVA-NeXT layout starts from a trained Qwen2-VL one, which saves most of the
 time: in vision steps its image tokens, which show the same 16 x 16 pixels, are also drawn towards
@@ -227,6 +227,9 @@ STAGES = {
               *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
               in_fonts=0.25),
         Stage("large", "language", LARGE_OF_QWEN, 8, 340, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
+              rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
+              in_fonts=0.25, pixels=8 * 256 * 256),
+        Stage("settle", "language", LARGE_OF_QWEN, 8, 230, 8e-4, 1e-5, LINES_OF_QWEN, wear=0.05,
               rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
               in_fonts=0.25, pixels=8 * 256 * 256),
     ),
@@ -1047,7 +1050,8 @@ def main(argv=None):
                         help="write --out from the saved state and stop")
     parser.add_argument("--average", nargs="+", metavar="DIR", default=[],
                         help="write the mean of the trained weights and those in some folders, as "
-                             "a rule those that the training began with, and those of other seeds")
+                             "a rule those that the training began with, and those of other seeds; "
+                             "a folder given twice counts twice")
     args = parser.parse_args(argv)
     stages = [stage.name for stage in STAGES[args.layout]]
     if args.stage and args.stage not in stages:
