@@ -1659,6 +1659,18 @@ def test_training_that_starts_from_weights(three_checkpoints, tmp_path):
     assert all(map(torch.equal, one.parameters(), again.model.parameters()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_computes_in_the_dtype_that_was_asked_for(three_checkpoints, dtype):
+    """Matrix products; the weights stay float32."""
+    from experiments import train_tiny
+    layout, stage, args = three_checkpoints
+    args.dtype = dtype
+    trainer = train_tiny.Trainer(args)
+    trainer.loss(*train_tiny.make_batch(layout, stage, random.Random(0)), "language")
+    assert trainer.image_tokens.dtype == getattr(torch, dtype)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
 def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
     """The built-in font's own file gives the same evaluation; --fonts reaches the training."""
     from experiments import evaluate_tiny, train_tiny

@@ -393,19 +393,6 @@ def main_part(run):
                 claims=claims, picture=picture)
 
 
-def large(run):
-    """Every method at every budget on large pages, half as many as of the others."""
-    rows, num, tables, claims = by_method(), max(1, run.pages // 2), [], []
-    for task in TASKS:
-        measured, T = run.measure("large", task, LARGE, flat(rows), num=num)
-        where = place(task, LARGE, T)
-        tables += [grid(f"Accuracy, {where}, {num} pages, %", BUDGETS, rows, measured, readme=True),
-                   grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
-                        against(rows, "sparsemm"), measured)]
-        claims += main_claims(f"{task}s, large pages", measured, T, rows)
-    return dict(facts=dict(pages=num, size=LARGE), tables=tables, claims=claims)
-
-
 def main_claims(where, measured, T, rows):
     """What the paper says of methods and budgets, of one task at one page size."""
     paper = {"snapkv": "+4 DocVQA, +6 OCRBench, at 256", "pyramidkv": "+3, +4", "adakv": "+3, +4"}
@@ -455,6 +442,19 @@ def free_running(run, size):
                        grid(f"sparsemm minus each other method, {where}, points", budgets,
                             against(rows, "sparsemm"), measured)]
     return tables
+
+
+def large(run):
+    """Every method at every budget on large pages, half as many as of the others."""
+    rows, num, tables, claims = by_method(), max(1, run.pages // 2), [], []
+    for task in TASKS:
+        measured, T = run.measure("large", task, LARGE, flat(rows), num=num)
+        where = place(task, LARGE, T)
+        tables += [grid(f"Accuracy, {where}, {num} pages, %", BUDGETS, rows, measured, readme=True),
+                   grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
+                        against(rows, "sparsemm"), measured)]
+        claims += main_claims(f"{task}s, large pages", measured, T, rows)
+    return dict(facts=dict(pages=num, size=LARGE), tables=tables, claims=claims)
 
 
 def ablation(run):
