@@ -1544,7 +1544,8 @@ def test_training_on_large_pages():
     from experiments import pages, train_tiny
     layout = train_tiny.LAYOUTS["qwen2-vl"]
     for size, drawn in (((64, 32), 4), ((64, 64), 4), ((128, 64), 2), ((256, 256), 1)):
-        stage = train_tiny.Stage("read", "language", (size,), 4, 1, 0, 0, pixels=4 * 64 * 64)
+        stage = train_tiny.Stage("read", "language", (size,), 4, 1, 0, 0,
+                                 batch_pixels=4 * 64 * 64)
         batch, _ = train_tiny.make_batch(layout, stage, random.Random(0))
         assert len(batch["input_ids"]) == len(batch["image_grid_thw"]) == drawn
     page = pages.Page(Image.new("RGB", (32, 640)),

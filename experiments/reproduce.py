@@ -59,7 +59,7 @@ HERE = Path(__file__).resolve().parent
 SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")
 BUDGETS = (48, 64, 96, 128, 256, 512)                       # of the paper's ablation
 TIGHT = BUDGETS[:3]
-LARGE = (512, 512)              # pixels: more than 1,000 image tokens for the small models
+LARGE_PAGE = (512, 512)         # more than 1,000 image tokens for the small models
 RIVALS = ("shuffled", "random", "snapkv", "pyramidkv", "adakv")
 WRITERS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "shuffled")             # who write freely
 TASKS = {"question": ("form", "receipt", "table", "label"),
@@ -383,7 +383,7 @@ def main_part(run):
                      against(rows, "sparsemm"), measured),
                 grid(f"Entries really kept per head, {where}", BUDGETS, rows, measured, "kept")]
             if other == size:
-                claims += main_claims(f"{task}s", measured, T, rows)
+                claims += method_claims(f"{task}s", measured, T, rows)
                 curves[where] = {m: [(measured[s]["kept"].mean(), measured[s]["accuracy"].mean())
                                      for s in dict.fromkeys(r)] for m, r in rows.items()}
     picture = f"main-{run.name}.png"
@@ -393,7 +393,7 @@ def main_part(run):
                 claims=claims, picture=picture)
 
 
-def main_claims(where, measured, T, rows):
+def method_claims(where, measured, T, rows):
     """What the paper says of methods and budgets, of one task at one page size."""
     paper = {"snapkv": "+4 DocVQA, +6 OCRBench, at 256", "pyramidkv": "+3, +4", "adakv": "+3, +4"}
     claims = [claim(f"sparsemm above {rival} up to a quarter of the prompt, {where}",
@@ -445,16 +445,16 @@ def free_running(run, size):
 
 
 def large(run):
-    """Every method at every budget on large pages, half as many as of the others."""
+    """Every method at every budget on large pages, of which there are half as many."""
     rows, num, tables, claims = by_method(), max(1, run.pages // 2), [], []
     for task in TASKS:
-        measured, T = run.measure("large", task, LARGE, flat(rows), num=num)
-        where = place(task, LARGE, T)
+        measured, T = run.measure("large", task, LARGE_PAGE, flat(rows), num=num)
+        where = place(task, LARGE_PAGE, T)
         tables += [grid(f"Accuracy, {where}, {num} pages, %", BUDGETS, rows, measured, readme=True),
                    grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
                         against(rows, "sparsemm"), measured)]
-        claims += main_claims(f"{task}s, large pages", measured, T, rows)
-    return dict(facts=dict(pages=num, size=LARGE), tables=tables, claims=claims)
+        claims += method_claims(f"{task}s, large pages", measured, T, rows)
+    return dict(facts=dict(pages=num, size=LARGE_PAGE), tables=tables, claims=claims)
 
 
 def ablation(run):

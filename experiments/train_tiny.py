@@ -113,7 +113,7 @@ class Stage:
     vision_rate: float = 0.4    # ... at this share of the learning rate
     hinted: bool = True         # whether the decoder is trained to name hints, too
     in_fonts: float = 0.5       # share of pages that are drawn in --fonts, if there are any
-    pixels: float = math.inf    # of a batch's pages together: of large pages a batch has fewer
+    batch_pixels: float = math.inf      # at most: a batch has fewer large pages
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -228,10 +228,10 @@ STAGES = {
               in_fonts=0.25),
         Stage("large", "language", LARGE_OF_QWEN, 8, 340, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
               rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
-              in_fonts=0.25, pixels=8 * 256 * 256),
+              in_fonts=0.25, batch_pixels=8 * 256 * 256),
         Stage("settle", "language", LARGE_OF_QWEN, 8, 230, 8e-4, 1e-5, LINES_OF_QWEN, wear=0.05,
               rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
-              in_fonts=0.25, pixels=8 * 256 * 256),
+              in_fonts=0.25, batch_pixels=8 * 256 * 256),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -277,7 +277,7 @@ STAGES = {
               wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False),
         Stage("large", "language", LARGE_OF_LLAVA, 8, 600, 1e-3, 1e-5, MORE_LINES_OF_LLAVA,
               wear=0.05, rewording=0.1, transcripts=0.25, vision_rate=1.0, hinted=False,
-              pixels=8 * 256 * 256),
+              batch_pixels=8 * 256 * 256),
     ),
 }
 
@@ -650,7 +650,7 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
         return render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                            wear=stage.wear, fonts=fonts if others else (None,))
 
-    pages = [draw() for _ in range(max(1, min(stage.batch, stage.pixels // math.prod(size))))]
+    pages = [draw() for _ in range(max(1, min(stage.batch, stage.batch_pixels // math.prod(size))))]
     transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(*size)
