@@ -158,19 +158,21 @@ def tokens_in_box(image, box):
 
 
 @torch.inference_mode()
-def score_transcript(model, images, words, ids, match="aligned", question=OCR_PROMPT, own=False):
+def score_transcript(model, images, words, ids, match="aligned", question=OCR_PROMPT, own=False,
+                     limit=LIMIT):
     """The visual scores of all heads on one transcript, of a page or of several.
 
     images: PIL images; words: for each of them [(text, box), ...] in reading order; ids: the
     transcript's tokens (n,); match: which tokens count; question: what the transcript is the answer
-    to; own: score what the model itself would write, for which ids are but a draft. Returns scores
-    (L, H) float64, the number of tokens that counted, and the number of hits.
+    to; own: score what the model itself would write, `limit` tokens at most, for which ids are but
+    a draft. Returns scores (L, H) float64, the number of tokens that counted, and the number of
+    hits.
     """
     prompt, tokenizer = prepare(model, images, question), model.processor.tokenizer
-    model.check_length(len(prompt.ids), LIMIT if own else len(ids))
-    reading = Reading(first=len(prompt.ids) - 1, room=LIMIT if own else 0)   # P-1+i emits y_i
+    model.check_length(len(prompt.ids), limit if own else len(ids))
+    reading = Reading(first=len(prompt.ids) - 1, room=limit if own else 0)   # P-1+i emits y_i
     if own:
-        ids = write(model, prompt, reading, ids, LIMIT)
+        ids = write(model, prompt, reading, ids, limit)
     else:
         read(model, prompt.extended(ids), reading)
     texts = [text for page in words for text, _ in page]

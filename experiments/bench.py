@@ -1,7 +1,7 @@
 """How fast? Measured on this machine, next to what others do and to what the machine allows.
 
     python experiments/bench.py decode [--geometry vicuna-7b ...] [--lengths 8192 ...]
-    python experiments/bench.py scoring [--model DIR ...] [--num 10]      images/s of score_heads.py
+    python experiments/bench.py scoring [--model DIR ... | --geometry vicuna-7b ...] [--num 10]
     python experiments/bench.py command [--num 5]                         `python sparsemm.py`, cold
 
 `decode` has the published geometries with random weights, which is honest for time and memory: what
@@ -39,8 +39,9 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM,
-                          LlavaNextConfig, LogitsProcessor, LogitsProcessorList, MistralConfig,
-                          MistralForCausalLM, Qwen2ForCausalLM, Qwen2VLConfig)
+                          LlavaNextConfig, LlavaNextForConditionalGeneration,
+                          LlavaNextImageProcessorPil, LogitsProcessor, LogitsProcessorList,
+                          MistralConfig, MistralForCausalLM, Qwen2ForCausalLM, Qwen2VLConfig)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,8 +52,9 @@ from experiments.draw import top_share
 from experiments.pages import KINDS
 from experiments.progress import machine_name, write_json
 from experiments.sources import Rendered
-from model_llava import DTYPES, MODELS, Prompt, convert_config, load, prepare
-from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
+from model_llava import (DTYPES, MODELS, Processor, Prompt, convert_config, hub_name, load, prepare,
+                         read_config)
+from score_heads import LIMIT, OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
 from sparsemm import DecodingStep, clock
 
 WINDOW = 32
@@ -260,16 +262,16 @@ class Force(LogitsProcessor):
 
 
 @torch.no_grad()
-def score_step_by_step(reference, ours, image, words, ids=None):
+def score_step_by_step(reference, ours, image, words, ids=None, limit=LIMIT):
     """Visual scores (L, H) of one page from attention maps: transformers' generate returns those of
-    the prompt (T x T) and of every token after it. ids: the transcript, None for the model's own.
-    Returns scores and the transcript's tokens."""
+    the prompt (T x T) and of every token after it. ids: the transcript, None for the model's own,
+    of at most `limit` tokens. Returns scores and the transcript's tokens."""
     prompt = prepare(ours, [image], OCR_PROMPT)
     T, ends = len(prompt.ids), ours.processor.end_tokens
-    inputs = dict(ours.processor.image_processor(image, return_tensors="pt"))
+    inputs = ours.processor.image_processor(image, return_tensors="pt").to(reference.device)
     if ours.config.family == "qwen2_vl":
         inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
-    steps = 1024 if ids is None else len(ids)
+    steps = limit if ids is None else len(ids)
     out = reference.generate(
         input_ids=prompt.ids[None], **inputs, do_sample=False, max_new_tokens=steps,
         eos_token_id=sorted(ends), pad_token_id=0, output_attentions=True,
@@ -283,47 +285,81 @@ def score_step_by_step(reference, ours, image, words, ids=None):
         if word is None or len(regions[word]) == 0:
             continue
         for l, maps in enumerate(out.attentions[i]):                            # (1, H, rows, keys)
-            hit = torch.isin(maps[0, :, -1].argmax(-1), regions[word])
+            hit = torch.isin(maps[0, :, -1].argmax(-1).cpu(), regions[word])
             scores[l] += hit / len(regions[word])
     return scores, written
 
 
-def bench_scoring(folder, num, seed, dtype):
-    """Pages a second of both procedures with both transcripts: on the pages that score_heads.py
-    renders by itself, and on letters, which are full of text."""
-    ours = load(folder, "cpu", dtype)
+def trained_pair(folder, device, dtype):
+    """A checkpoint, as our model and as transformers'."""
+    ours = load(folder, device, dtype)
     kind = (transformers.Qwen2VLForConditionalGeneration if ours.config.family == "qwen2_vl"
-            else transformers.LlavaNextForConditionalGeneration)
-    reference = kind.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="eager")
+            else LlavaNextForConditionalGeneration)
+    return ours, kind.from_pretrained(folder, dtype=DTYPES[dtype],
+                                      attn_implementation="eager").to(device)
+
+
+def random_pair(geometry, device, dtype):
+    """A LLaVA-NeXT of a published geometry with random weights, which ours and transformers' model
+    share. Pages become as many image tokens as with the published checkpoints; the tokenizer is
+    that of the small model, a token per character."""
+    small = DEFAULT_MODEL.parent / "llava-next"
+    config = GEOMETRIES[geometry][0]()
+    config.image_token_index = read_config(small).image_token
+    with torch.device(device):
+        reference = LlavaNextForConditionalGeneration._from_config(
+            config, dtype=DTYPES[dtype], attn_implementation="eager").eval()
+    c = convert_config(config, config.model_type)
+    with torch.device("meta"):
+        ours = MODELS[c.family](c)
+    ours.load_state_dict({hub_name(key, c.family): weight
+                          for key, weight in reference.state_dict().items()}, assign=True)
+    ours.processor = Processor(small, c)
+    side = config.vision_config.image_size
+    ours.processor.image_processor = LlavaNextImageProcessorPil(
+        size=dict(shortest_edge=side), crop_size=dict(height=side, width=side),
+        image_grid_pinpoints=config.image_grid_pinpoints)
+    return ours.eval(), reference
+
+
+def bench_scoring(name, num, seed, device, dtype):
+    """Pages a second of both procedures with both transcripts, on the pages that score_heads.py
+    renders by itself, and on letters, which are full of text. name: a checkpoint's folder, or one
+    of GEOMETRIES. A random model never ends its transcript, so that it gets as many tokens as the
+    page has; and no draft of it is ever right."""
+    random = name in GEOMETRIES
+    ours, reference = (random_pair if random else trained_pair)(name, device, dtype)
     rows = []
-    for what, kinds in (("all kinds", KINDS), ("letters", ("letter",))):
+    for what, kinds in (("all kinds", KINDS), ("letters", ("letter",)))[:1 if random else 2]:
         pages = Rendered(kinds, seed, (256, 384), num + 1)
-        for whose in ("truth", "model"):
-            taken = [compare_scoring(ours, reference, pages[i], whose) for i in tqdm(
-                range(num + 1), desc=f"{Path(folder).name}, {dtype}, {what}, {whose}")]
+        for whose in ("truth",) if random else ("truth", "model"):
+            taken = [compare_scoring(ours, reference, pages[i], whose, random) for i in tqdm(
+                range(num + 1), desc=f"{Path(name).name}, {dtype}, {what}, {whose}")]
             tokens, fast, slow, differ = (sum(column) for column in zip(*taken[1:]))
             assert dtype != "float32" or differ / num < 0.001, differ    # two keys may tie
             rows.append(dict(pages=what, transcript=whose, tokens=tokens / num,
                              images_per_second=num / fast, times_faster=slow / fast,
                              step_by_step_images_per_second=num / slow, differ=differ / num))
-    return dict(model=Path(folder).name, dtype=dtype, num=num, rows=rows)
+    return dict(model=Path(name).name, dtype=dtype, num=num, rows=rows)
 
 
-def compare_scoring(ours, reference, page, whose, repeats=3):
+def compare_scoring(ours, reference, page, whose, endless=False, repeats=3):
     """How many tokens the transcript of a page has; the seconds that both procedures take, of ours,
     which is over soon, the median of some runs; and how much of all scores differs."""
     image, words, text = page
     ids = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
+    limit = len(ids) if endless else LIMIT
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()
-        scores, *_ = score_transcript(ours, [image], [words], ids, own=whose == "model")
+        scores, *_ = score_transcript(ours, [image], [words], ids, own=whose == "model",
+                                      limit=limit)
         taken.append(time.perf_counter() - start)
     start = time.perf_counter()
     expected, written = score_step_by_step(reference, ours, image, words,
-                                           ids if whose == "truth" else None)
+                                           ids if whose == "truth" else None, limit)
     step_by_step = time.perf_counter() - start
-    differ = (scores - expected).abs().sum().item() / expected.sum().item()
+    differ = (scores - expected).abs().sum().item() / max(expected.sum().item(), 1e-9)
     return len(written), statistics.median(taken), step_by_step, differ
 
 
@@ -372,8 +408,8 @@ def measure(args, on_cpu, dtypes):
         results = [bench_decode(name, length, args) for name in names for length in args.lengths]
         return results, decode_table(results)
     if args.part == "scoring":
-        models = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
-        results = [bench_scoring(folder, args.num, args.seed, dtype) for folder in models
+        models = args.geometry or args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
+        results = [bench_scoring(name, args.num, args.seed, args.device, dtype) for name in models
                    for dtype in dtypes]
         return results, scoring_table(results)
     results = bench_command(args.num)
@@ -385,7 +421,8 @@ def main(argv=None):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["decode", "scoring", "command"])
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
-                        help="default: the 7B ones on CUDA, small-mha on a CPU")
+                        help="decode: default the 7B ones on CUDA, small-mha on a CPU; scoring: "
+                             "those of LLaVA-NeXT, with random weights, instead of --model")
     parser.add_argument("--lengths", nargs="+", type=whole_number(WINDOW),
                         default=[2048, 8192, 16384, 32768],
                         help="prompt lengths in tokens")
@@ -407,6 +444,9 @@ def main(argv=None):
     dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     torch.manual_seed(args.seed)
+    if args.part == "scoring" and "qwen2-vl-7b" in (args.geometry or ()):
+        parser.error("argument --geometry: scoring has no qwen2-vl-7b; "
+                     "vicuna-7b, mistral-7b or small-mha is right")
     try:
         results, table = measure(args, on_cpu, dtypes)
     except ValueError as error:

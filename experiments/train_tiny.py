@@ -64,12 +64,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVisionConfig,
                           GenerationConfig, LlamaConfig, LlavaNextConfig,
                           LlavaNextForConditionalGeneration, PreTrainedTokenizerFast, Qwen2VLConfig,
                           Qwen2VLForConditionalGeneration)
+from transformers.vision_utils import get_vision_position_ids
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.arguments import (OneLineParser, device_name, find_device, font_files,
@@ -90,7 +92,7 @@ CHARS_PER_CELL = 3
 HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 LINES = [str(i) for i in range(1, 29)] + [f"shape {i}" for i in range(1, 5)]
 HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE, IGNORE)
-CONVERSATIONS, LONGEST = 5, 96    # conversations about a page; tokens in one of several turns
+LONGEST = 96                      # tokens in a conversation of several turns
 ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets ...
 HINT_RATE = 0.1                   # ... and the layers for hints; at 1 their loss jumped to 12
 
@@ -113,6 +115,7 @@ class Stage:
     vision_rate: float = 0.4    # ... at this share of the learning rate
     hinted: bool = True         # whether the decoder is trained to name hints, too
     in_fonts: float = 0.5       # share of pages that are drawn in --fonts, if there are any
+    conversations: int = 5      # about a page, at most
     batch_pixels: float = math.inf      # at most: a batch has fewer large pages
 
 
@@ -165,6 +168,12 @@ SIZES_OF_LLAVA = ((256, 128), *[(256, 256)] * 2, (256, 384))
 LARGE_OF_QWEN = (*SIZES_OF_QWEN, (384, 384), (512, 256), (384, 512), *[(512, 512)] * 3)
 LARGE_OF_LLAVA = (*[(256, 256)] * 2, (256, 384), (384, 384), (512, 256), (384, 512),
                   *[(512, 512)] * 2)
+ALL_SIZES = (*SIZES_OF_LLAVA, (384, 256), (384, 384), (512, 256), (256, 512), (384, 512),
+             *[(512, 512)] * 4)
+EVEN_KINDS = (*["lines"] * 14, *["shapes"] * 10, *["letter"] * 9, *["table"] * 8, *["form"] * 7,
+              *["label"] * 6, *["sign"] * 4, *["receipt"] * 4)
+SHAPES_AND_LINES = (*["shapes"] * 16, *["lines"] * 14, *["letter"] * 7, *["form"] * 7,
+                    *["label"] * 6, *["table"] * 4, *["sign"] * 3, *["receipt"] * 2)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -232,6 +241,9 @@ STAGES = {
         Stage("settle", "language", LARGE_OF_QWEN, 8, 230, 8e-4, 1e-5, LINES_OF_QWEN, wear=0.05,
               rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
               in_fonts=0.25, batch_pixels=8 * 256 * 256),
+        Stage("many", "language", ALL_SIZES, 64, 2466, 2e-3, 1e-5, EVEN_KINDS, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False, in_fonts=0.15,
+              conversations=8, batch_pixels=64 * 256 * 256),
     ),
     "llava-next": (
         Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, 3e-3, SMALL_KINDS),
@@ -278,6 +290,12 @@ STAGES = {
         Stage("large", "language", LARGE_OF_LLAVA, 8, 600, 1e-3, 1e-5, MORE_LINES_OF_LLAVA,
               wear=0.05, rewording=0.1, transcripts=0.25, vision_rate=1.0, hinted=False,
               batch_pixels=8 * 256 * 256),
+        Stage("many", "language", ALL_SIZES, 64, 2386, 2e-3, 1e-5, EVEN_KINDS, wear=0.05,
+              rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False, in_fonts=0.15,
+              conversations=8, batch_pixels=64 * 256 * 256),
+        Stage("settle", "language", LARGE_OF_LLAVA, 8, 450, 8e-4, 1e-5, SHAPES_AND_LINES, wear=0.05,
+              rewording=0.1, transcripts=0.25, vision_rate=1.0, hinted=False, in_fonts=0.1,
+              batch_pixels=8 * 256 * 256),
     ),
 }
 
@@ -295,9 +313,14 @@ CHAT_TEMPLATE = """{%% for message in messages %%}{%% if message['role'] == 'use
 {%% endif %%}{%% endfor %%}"""
 
 
-def pixels(image):
-    """PIL image -> (H, W, 3) float32 from -1 to 1."""
-    return np.asarray(image, dtype=np.float32) / 127.5 - 1
+def as_bytes(images):
+    """PIL images of one size -> (B, H, W, 3) uint8."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+
+
+def scaled(pixels):
+    """uint8 -> float32 from -1 to 1."""
+    return pixels / 127.5 - 1
 
 
 class Qwen2VLLayout:
@@ -357,28 +380,31 @@ class Qwen2VLLayout:
         last = torch.full((3, 1), 2 + max(rows, columns))
         return torch.cat([torch.tensor([[0, 1]] * 3), page, last], 1)
 
-    def inputs(self, ids, pages):
-        """The model's further arguments, for token ids (B, T) and the B pages in them.
+    def images(self, pages):
+        """What pixel_values takes, of the pages of a batch, which are of one size."""
+        return dict(pages=as_bytes(page.image for page in pages))
 
-        pixel_values: (patches, 3 * 2 * 8**2); the four patches of an image token are neighbours,
-        and each is repeated for the temporal patch of two.
-        """
-        patches = []
-        for page in pages:
-            x = pixels(page.image)
-            rows, columns = x.shape[0] // CELL, x.shape[1] // CELL
-            x = x.reshape(rows, self.merge, self.patch, columns, self.merge, self.patch, 3)
-            x = x.transpose(0, 3, 1, 4, 6, 2, 5)   # (rows, columns, merge, merge, 3, patch, patch)
-            x = np.repeat(x[:, :, :, :, :, None], 2, axis=5)
-            patches.append(x.reshape(rows * columns * self.merge ** 2, -1))
-        grid = [1, rows * self.merge, columns * self.merge]
-        return dict(mm_token_type_ids=(ids == IMAGE).int(),
-                    pixel_values=torch.from_numpy(np.concatenate(patches)).bfloat16(),
-                    image_grid_thw=torch.tensor([grid] * len(pages)))
+    def pixel_values(self, pages):
+        """(B, H, W, 3) uint8 -> (patches, 3 * 2 * 8**2); the four patches of an image token are
+        neighbours, and each is repeated for the temporal patch of two."""
+        (B, H, W, _), merge, patch = pages.shape, self.merge, self.patch
+        x = scaled(pages).view(B, H // CELL, merge, patch, W // CELL, merge, patch, 3)
+        x = x.permute(0, 1, 4, 2, 5, 7, 3, 6)   # (B, rows, columns, merge, merge, 3, patch, patch)
+        return torch.stack([x, x], 6).view(-1, 3 * 2 * patch ** 2)
 
-    def see(self, model, batch):
-        """The vision tower and the merger alone."""
-        model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    def see(self, model, pages):
+        """The vision tower and the merger: (B * tokens of a page, E). All pages go through the
+        tower as one, and `attend` tells them apart."""
+        B, H, W, _ = pages.shape
+        grid = torch.tensor([[1, H // self.patch, W // self.patch]])
+        patches = self.pixel_values(pages)
+        positions = get_vision_position_ids(grid, self.merge).to(pages.device).repeat(B, 1)
+        return model.model.visual(patches, grid_thw=grid, position_ids=positions, pages=B,
+                                  cu_seqlens=torch.tensor([0, len(patches)])).pooler_output
+
+    def image_embeddings(self, model, pages):
+        """(B, tokens of a page, E), as the decoder takes them."""
+        return self.see(model, pages).unflatten(0, (len(pages), -1))
 
     def cell_labels(self, cells):
         """(rows, columns, n) of a page -> one row for each output of the merger."""
@@ -440,25 +466,35 @@ class LlavaNextLayout:
         """(prefix,) int64."""
         return torch.arange(1 + len(self.image_ids(width, height)))
 
-    def inputs(self, ids, pages):
-        """pixel_values: (B, 1 + tiles, 3, 128, 128), the thumbnail first, then the tiles row by
-        row. All pages of a batch have the same size, a multiple of the tile's."""
-        images = []
-        for page in pages:
-            thumbnail = page.image.resize((self.tile, self.tile), Image.Resampling.BICUBIC)
-            x = pixels(page.image)
-            rows, columns = x.shape[0] // self.tile, x.shape[1] // self.tile
-            x = x.reshape(rows, self.tile, columns, self.tile, 3).transpose(0, 2, 4, 1, 3)
-            tiles = x.reshape(rows * columns, 3, self.tile, self.tile)
-            images.append(np.concatenate([pixels(thumbnail).transpose(2, 0, 1)[None], tiles]))
-        return dict(pixel_values=torch.from_numpy(np.stack(images)),
-                    image_sizes=torch.tensor([page.image.size[::-1] for page in pages]))
+    def images(self, pages):
+        """What pixel_values takes, of the pages of a batch, which are of one size, a multiple of
+        the tile's."""
+        small = [page.image.resize((self.tile, self.tile), Image.Resampling.BICUBIC)
+                 for page in pages]
+        return dict(pages=as_bytes(page.image for page in pages), thumbnails=as_bytes(small))
 
-    def see(self, model, batch):
-        """The vision tower and the projector alone."""
-        states = model.model.vision_tower(batch["pixel_values"].flatten(0, 1),
+    def pixel_values(self, pages, thumbnails):
+        """(B, H, W, 3) and (B, 128, 128, 3) uint8 -> (B, 1 + tiles, 3, 128, 128), the thumbnail
+        first, then the tiles row by row."""
+        (B, H, W, _), tile = pages.shape, self.tile
+        tiles = pages.view(B, H // tile, tile, W // tile, tile, 3).permute(0, 1, 3, 5, 2, 4)
+        return scaled(torch.cat([thumbnails.permute(0, 3, 1, 2)[:, None], tiles.flatten(1, 2)], 1))
+
+    def see(self, model, pages, thumbnails):
+        """The vision tower and the projector: (B * (1 + tiles), 64, E)."""
+        states = model.model.vision_tower(self.pixel_values(pages, thumbnails).flatten(0, 1),
                                           output_hidden_states=True).hidden_states
-        model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
+        return model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
+
+    def image_embeddings(self, model, pages, thumbnails):
+        """(B, tokens of a page, E), as the decoder takes them: the tiles' rows put together, with a
+        newline behind each."""
+        (B, H, W, _), side = pages.shape, self.side
+        thumbnail, *tiles = self.see(model, pages, thumbnails).unflatten(0, (B, -1)).unbind(1)
+        x = torch.stack(tiles, 1).unflatten(2, (side, side)).unflatten(1, (H // self.tile, -1))
+        rows = x.transpose(2, 3).flatten(1, 2).flatten(2, 3)              # (B, rows, columns, E)
+        newline = model.model.image_newline.to(rows.dtype).expand(*rows.shape[:2], 1, -1)
+        return torch.cat([thumbnail, torch.cat([rows, newline], 2).flatten(1, 2)], 1)
 
     def cell_labels(self, cells):
         """(rows, columns, n) of a page -> those of its tiles, one after the other. The thumbnail,
@@ -615,7 +651,7 @@ def conversations(stage, rng, page, transcribe):
         answered = [VOCABULARY[c] for c in answer] + [IM_END]
         if said and len(said[-1][0] + asked + answered) < LONGEST:
             asked = [IM_START] + asked
-        elif len(said) == CONVERSATIONS:
+        elif len(said) == stage.conversations:
             break
         else:
             said.append(([], [], []))
@@ -673,14 +709,14 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
     positions = layout.positions(*size)                                            # (..., prefix)
     following = (positions.max() + 1 + torch.arange(length)).repeat(count)
     positions = torch.cat([positions, following.expand(*positions.shape[:-1], -1)], -1)
+    positions = positions.unsqueeze(-2).repeat_interleave(len(pages), -2)          # (..., B, T)
     cells = [layout.cell_labels(cell_contents(page)) for page in pages]
     batch = dict(input_ids=ids, labels=labels, hints=hints, prefix=len(prefix), conversations=count,
-                 position_ids=positions.unsqueeze(-2).expand(*positions.shape[:-1], len(pages), -1),
-                 **layout.inputs(ids, pages))
+                 image_at=prefix.index(IMAGE), position_ids=positions, images=layout.images(pages))
     if teacher and stage.step == "vision":
         rows, columns = size[1] // CELL, size[0] // CELL
         numbers = np.arange(len(pages) * rows * columns).reshape(len(pages), rows, columns, 1)
-        batch["teacher"] = teacher.inputs(ids, pages)
+        batch["teacher"] = teacher.images(pages)
         batch["same_cell"] = torch.from_numpy(
             np.concatenate([layout.cell_labels(page)[:, 0] for page in numbers]))
     return batch, torch.from_numpy(np.concatenate(cells))
@@ -704,35 +740,47 @@ class Batches(Dataset):
 # ---- training ------------------------------------------------------------------------------------
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, prefix=0,
-           conversations=0, **kwargs):
+           conversations=0, pages=0, **kwargs):
     """The attention that make_batch's rows need, registered with transformers. In the decoder the
     prefix attends to itself, and each conversation to the prefix and to itself, causally; in vision
-    towers all attend to all.
-
-    As two matrix products, whose backward pass on a CPU takes less time than that of
-    scaled_dot_product_attention. The softmax stays in the products' type; autocast would take it to
-    float32.
-    """
+    towers all of a page, or of a tile, attend to all. pages: so many stand one behind the other, as
+    if they were one."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    attention = fused_attention if query.is_cuda else PageByPage.apply
     with torch.autocast(query.device.type, enabled=False):
         query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
+        if pages:                                              # (1, H, B * N, D) -> (B, H, N, D)
+            query, key, value = (x[0].unflatten(1, (pages, -1)).transpose(0, 1)
+                                 for x in (query, key, value))
         if not module.is_causal:                                                # vision
-            return PageByPage.apply(query, key, value, False).transpose(1, 2).contiguous(), None
+            output = attention(query, key, value, False).transpose(1, 2)
+            return (output.flatten(0, 1)[None] if pages else output).contiguous(), None
         own = [x[:, :, prefix:].unflatten(2, (conversations, -1)) for x in (query, key, value)]
         shared = [x[:, :, None, :prefix].expand(-1, -1, conversations, -1, -1)
                   for x in (key, value)]
         key_of_all, value_of_all = (torch.cat(pair, 3) for pair in zip(shared, own[1:]))
         output = torch.cat([
-            PageByPage.apply(*(x[:, :, :prefix] for x in (query, key, value)), True),
-            PageByPage.apply(own[0], key_of_all, value_of_all, True).flatten(2, 3)], 2)
+            attention(*(x[:, :, :prefix] for x in (query, key, value)), True),
+            attention(own[0], key_of_all, value_of_all, True).flatten(2, 3)], 2)
     return output.transpose(1, 2).contiguous(), None
+
+
+def fused_attention(query, key, value, causal):
+    """What PageByPage computes, in one kernel, which on a GPU never writes the scores to memory."""
+    mask = causal_lower_right(query.shape[-2], key.shape[-2]) if causal else None
+    flat = (x.flatten(0, -4) for x in (query, key, value))             # the kernel takes four axes
+    return F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=1.0).view(query.shape)
 
 
 class PageByPage(torch.autograd.Function):
     """Attention of (B, ..., N, D) queries over (B, ..., T, D) keys, forward and backward for one
     page of the batch at a time: on a CPU the scores of all pages leave the cache, and fetching them
-    takes longer than the arithmetic. If causal, the last N of the T tokens are the queries'."""
+    takes longer than the arithmetic. If causal, the last N of the T tokens are the queries'.
+
+    As two matrix products, whose backward pass on a CPU takes less time than that of
+    scaled_dot_product_attention. The softmax stays in the products' type; autocast would take it to
+    float32."""
 
     @staticmethod
     def forward(ctx, query, key, value, causal):
@@ -781,11 +829,72 @@ def as_matrix_product(convolution):
     convolution.forward = forward
 
 
+def as_one_kernel(norm):
+    """Replaces the forward pass of transformers' RMSNorm, seven kernels, by torch's."""
+    norm.forward = lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+class Muon(torch.optim.Muon):
+    """torch's, except that matrices of one shape are orthogonalised together. One by one they took
+    most of a step's time on a GPU, in the launches of some two thousand short kernels."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                alike.setdefault(p.shape, []).append(p)
+            for shape, matrices in alike.items():
+                grads = [p.grad for p in matrices]
+                buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"])
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, update.float().unbind(),
+                                    alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+
+
+def orthogonal(x, coefficients, steps):
+    """Newton-Schulz: (n, A, B) -> n matrices in bfloat16 with the same singular vectors, and
+    singular values of about 1 (Keller Jordan et al., "Muon", 2024)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT, coefficients, steps).mT
+    (a, b, c), x = coefficients, x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 def naming_loss(layer, states, names):
-    """Cross-entropy of what a linear layer makes of states (..., E) where names (...) is not
+    """Mean cross-entropy of what a linear layer makes of states (..., E), where names (...) is not
     IGNORE; 0 where it is nowhere."""
-    chosen = names != IGNORE
-    return F.cross_entropy(layer(states[chosen].float()), names[chosen]) if chosen.any() else 0
+    total = F.cross_entropy(layer(states.float()).flatten(0, -2), names.flatten(),
+                            ignore_index=IGNORE, reduction="sum")
+    return total / (names != IGNORE).sum().clamp(min=1)
+
+
+def share_of(right, among):
+    """Both bool. No part is picked out, since a GPU would be waited for to know how large it is."""
+    return (right & among).sum() / among.sum()
+
+
+def embed(layout, model, batch):
+    """(B, T, E): the embeddings of a batch's tokens, with those of its pages in the place of the
+    image tokens. transformers lays pages out one by one."""
+    x, start = model.get_input_embeddings()(batch["input_ids"]), batch["image_at"]
+    image = layout.image_embeddings(model, **batch["images"]).to(x.dtype)
+    return torch.cat([x[:, :start], image, x[:, start + image.shape[1]:]], 1)
+
+
+def moved(thing, device):
+    """Tensors, and those in dicts, on a device."""
+    if isinstance(thing, dict):
+        return {name: moved(part, device) for name, part in thing.items()}
+    return thing.to(device, non_blocking=True) if torch.is_tensor(thing) else thing
 
 
 class Trainer:
@@ -798,6 +907,11 @@ class Trainer:
         self.model = self.layout.model_class(self.layout.config()).to(self.device)
         self.model.set_attn_implementation("products")
         as_matrix_product(self.layout.patch_embedding(self.model))
+        for module in self.model.model.language_model.modules():
+            if hasattr(module, "variance_epsilon"):
+                as_one_kernel(module)
+        torch.backends.cuda.enable_cudnn_sdp(False)            # it makes a plan for every new shape
+        torch.backends.cuda.matmul.allow_tf32 = True
         self.cells = nn.Linear(self.model.config.text_config.hidden_size,
                                CHARS_PER_CELL * len(VOCABULARY)).to(self.device)
         self.hints = nn.ModuleList(nn.Linear(self.cells.in_features, len(names)) for names in
@@ -812,8 +926,8 @@ class Trainer:
                     if (name in vision) == of_vision and (name in matrices) == of_matrices]
 
         self.optimizers = [                               # of each: the vision tower, then the rest
-            torch.optim.Muon([dict(params=group(v, True)) for v in (True, False)],
-                             weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon([dict(params=group(v, True)) for v in (True, False)], weight_decay=0.01,
+                 adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([dict(params=group(True, False) + [*self.cells.parameters()]),
                                dict(params=group(False, False))],
                               betas=(0.9, 0.98), weight_decay=0.01),
@@ -849,15 +963,15 @@ class Trainer:
             return
         self.model.load_state_dict(weights.state_dict())
         self.stage = [s.name for s in self.stages].index(stage)
-        self.learn_names(replace(self.stages[self.stage], step="vision"))
+        self.learn_names(self.stages[self.stage])
 
     def learn_names(self, stage, steps=120):
         """Trains the layers that name what image tokens show, and nothing else."""
         optimizer = torch.optim.Adam([*self.cells.parameters(), *self.hints[0].parameters()])
         self.model.requires_grad_(False)
-        for step in tqdm(range(steps), desc="names"):
+        stage = replace(stage, name="names", step="vision", batch=min(stage.batch, 8), steps=steps)
+        for step, batch in enumerate(tqdm(self.batches(stage, 0), desc="names")):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-            batch = make_batch(self.layout, stage, random.Random(f"names {step}"))
             self.loss(*batch, "vision")[0].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -890,16 +1004,16 @@ class Trainer:
 
     def loss(self, batch, contents, step):
         """The stage's loss; token accuracy (language) or cell accuracy (vision) of the batch."""
-        characters, shapes = contents.to(self.device).split([CHARS_PER_CELL, 1], 1)
-        batch = dict(batch)
-        teacher, same_cell, hints = (batch.pop(name, None)
-                                     for name in ("teacher", "same_cell", "hints"))
-        batch = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in batch.items()}
+        characters, shapes = moved(contents, self.device).split([CHARS_PER_CELL, 1], 1)
+        batch = moved(batch, self.device)
         with self.autocast():
             if step == "vision":
-                self.layout.see(self.model, batch)
+                self.layout.see(self.model, **batch["images"])
             else:
-                out = self.model(**batch, use_cache=False)
+                labels = batch["labels"]
+                out = self.model(inputs_embeds=embed(self.layout, self.model, batch),
+                                 labels=labels, use_cache=False, **{name: batch[name] for name in (
+                                     "position_ids", "prefix", "conversations")})
         logits = self.cells(self.image_tokens.float()).view(-1, CHARS_PER_CELL, len(VOCABULARY))
         weight = torch.ones(len(VOCABULARY), device=self.device)
         weight[0] = 0.2                                                    # most of a page is blank
@@ -909,20 +1023,19 @@ class Trainer:
                                             shapes[:, 0])
         if step == "vision":
             right = (logits.argmax(-1) == characters).all(-1)
-            if teacher:
-                cell_loss = cell_loss + self.unlike(teacher, same_cell)
-            return cell_loss, right[characters[:, 0] > 0].float().mean()
-        for layer, wanted in zip(self.hints[1:], hints.to(self.device).unbind(-1)):
+            if "teacher" in batch:
+                cell_loss = cell_loss + self.unlike(batch["teacher"], batch["same_cell"])
+            return cell_loss, share_of(right, characters[:, 0] > 0)
+        for layer, wanted in zip(self.hints[1:], batch["hints"].unbind(-1)):
             cell_loss = cell_loss + naming_loss(layer, self.hinted, wanted)
-        predicted, labels = out.logits[:, :-1].argmax(-1), batch["labels"][:, 1:]
-        return out.loss + 0.5 * cell_loss, (predicted == labels)[labels != IGNORE].float().mean()
+        predicted, labels = out.logits[:, :-1].argmax(-1), labels[:, 1:]
+        return out.loss + 0.5 * cell_loss, share_of(predicted == labels, labels != IGNORE)
 
     def unlike(self, teacher, same_cell):
         """Mean squared difference of the image tokens from the teacher's of the same cells, over
         the teacher's variance."""
         with torch.no_grad(), self.autocast():
-            LAYOUTS["qwen2-vl"].see(self.teacher, {name: tensor.to(self.device)
-                                                   for name, tensor in teacher.items()})
+            LAYOUTS["qwen2-vl"].see(self.teacher, **teacher)
         taught, shown = self.teachers_tokens.float(), same_cell >= 0
         own = self.image_tokens.float().flatten(0, -2)
         return F.mse_loss(own[shown], taught[same_cell[shown]]) / taught.var(0).mean()
@@ -970,14 +1083,18 @@ class Trainer:
             vision, language = optimizer.param_groups
             vision["lr"], language["lr"] = rate * own * of_vision, rate * own
 
+    def batches(self, stage, start):
+        """The batches of a stage from number `start` on, rendered by other processes."""
+        return DataLoader(Batches(self.args, stage, start), batch_size=None,
+                          num_workers=self.args.workers, pin_memory=self.device.type == "cuda",
+                          prefetch_factor=4 if self.args.workers else None)
+
     def run_stage(self, stage):
         language = [s for s in self.stages if s.step == "language"]
         if self.teacher and stage == language[0] and self.step == 0:
             self.adopt_decoder()
-        loader = DataLoader(Batches(self.args, stage, self.step), batch_size=None,
-                            num_workers=self.args.workers,
-                            prefetch_factor=4 if self.args.workers else None)
-        bar = tqdm(loader, desc=stage.name, initial=self.step, total=stage.steps, mininterval=5)
+        bar = tqdm(self.batches(stage, self.step), desc=stage.name, initial=self.step,
+                   total=stage.steps, mininterval=5)
         for batch, contents in bar:
             self.set_rate(stage)
             for parameter in self.vision:
