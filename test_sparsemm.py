@@ -1766,7 +1766,7 @@ def test_the_second_small_model_learns_from_the_first(tmp_path):
         together = trainer.loss(batch, labels, "vision")[0]
         own = trainer.image_tokens.flatten(0, 1)[shown]
         taught = trainer.teachers_tokens[batch["same_cell"][shown]].float()
-        apart = trainer.loss({key: batch[key] for key in ("pixel_values",)}, labels, "vision")[0]
+        apart = trainer.loss({"images": batch["images"]}, labels, "vision")[0]
         unlike = (own - taught).square().mean() / trainer.teachers_tokens.float().var(0).mean()
     assert together - apart == pytest.approx(unlike.item(), rel=1e-3)
 
