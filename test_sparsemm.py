@@ -56,11 +56,9 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)                   # enough for small models; processes run beside the tests
 HERE = Path(__file__).parent
 TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
-FLOORS = [("qwen2-vl", "form", (256, 128), 9), ("qwen2-vl", "form", (256, 256), 8),
-          ("qwen2-vl", "receipt", (256, 256), 9), ("qwen2-vl", "table", (256, 256), 9),
-          ("llava-next", "form", (256, 128), 8), ("llava-next", "form", (256, 256), 8),
-          ("llava-next", "receipt", (256, 256), 8), ("llava-next", "table", (256, 256), 8)]
-                                                        # small model, page, pixels, right of ten
+FLOORS = [(name, *floor) for name in TINY for floor in (
+    ("form", (256, 128), 9), ("form", (256, 256), 8), ("receipt", (256, 256), 9),
+    ("table", (256, 256), 9), ("form", (512, 512), 8))]           # page, pixels, right of ten
 SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
 
