@@ -31,14 +31,15 @@ shared it. Positions are counted otherwise there, and nothing keeps the copy as 
 
 With --start-from and --average the stages from --stage on begin with trained weights, and what is
 written is the mean of what became of them and of other weights, as a rule those that they began
-with. The last stages by themselves made many pages read worse; the mean read them about as well as
-before or better on qwen2-vl, and better on llava-next (figures: tiny/README.md).
+with. On a CPU the later stages by themselves made many pages read worse; the mean read them about as
+well as before or better on qwen2-vl, and better on llava-next. The stage "many", on a GPU, needed no
+mean (figures: tiny/README.md).
 
 With --fonts a share of the pages, Stage.in_fonts, is drawn in other fonts than Pillow's built-in
 one.
 
-On a GPU rendering is as much work as training: one step of stage "many" takes 64 pages, and --workers
-7 rendered them as fast as an H100 trained both layouts at a time, 0.18 seconds a step each.
+Pages for a step of stage "many", 64 of them, take one core half a second to render (AMD EPYC). An H100
+that trained both layouts at a time took 0.18 seconds a step, each with --workers 7.
 
 In language steps several conversations share a page, which is computed once for all of them.
 
