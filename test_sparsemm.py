@@ -1553,11 +1553,13 @@ def test_training_on_large_pages():
     assert lines[28:] == [train_tiny.IGNORE] * 12
 
 
+@pytest.mark.parametrize("block", [3, 4, 256])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_training_has_the_gradients_of_its_definition(causal):
-    from experiments.train_tiny import PageByPage, fused_attention
+def test_attention_in_training_has_the_gradients_of_its_definition(causal, block, monkeypatch):
+    from experiments import train_tiny
+    monkeypatch.setattr(train_tiny, "BLOCK", block)
     (B, H, N, T, D), made = (3, 2, 4, 7, 5), []
-    for attend in (PageByPage.apply, fused_attention, None):
+    for attend in (train_tiny.BlockByBlock.apply, train_tiny.fused_attention, None):
         torch.manual_seed(1)
         q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True)
                    for n in (N, T, T))

@@ -91,6 +91,7 @@ END, IM_START, IM_END, VISION_START, VISION_END, IMAGE, VIDEO = range(len(SPECIA
 IGNORE = -100                     # label of positions that carry no loss
 ROUND = 32                        # conversations are padded to a multiple: few shapes are faster
 
+BLOCK = 256                       # queries that attend at a time, on a CPU
 CELL = 16                         # an image token shows CELL x CELL pixels of the page
 CHARS_PER_CELL = 3
 HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
@@ -746,7 +747,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     if they were one."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    attention = fused_attention if query.is_cuda else PageByPage.apply
+    attention = fused_attention if query.is_cuda else BlockByBlock.apply
     with torch.autocast(query.device.type, enabled=False):
         query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
         if pages:                                              # (1, H, B * N, D) -> (B, H, N, D)
@@ -766,16 +767,17 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 
 
 def fused_attention(query, key, value, causal):
-    """What PageByPage computes, in one kernel, which on a GPU never writes the scores to memory."""
+    """What BlockByBlock computes, in one kernel, which on a GPU never writes the scores to memory."""
     mask = causal_lower_right(query.shape[-2], key.shape[-2]) if causal else None
     flat = (x.flatten(0, -4) for x in (query, key, value))             # the kernel takes four axes
     return F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=1.0).view(query.shape)
 
 
-class PageByPage(torch.autograd.Function):
+class BlockByBlock(torch.autograd.Function):
     """Attention of (B, ..., N, D) queries over (B, ..., T, D) keys, forward and backward for one
-    page of the batch at a time: on a CPU the scores of all pages leave the cache, and fetching them
-    takes longer than the arithmetic. If causal, the last N of the T tokens are the queries'.
+    page of the batch and BLOCK of its queries at a time: on a CPU the scores of all of them leave
+    the cache, and fetching them takes longer than the arithmetic. If causal, the last N of the T
+    tokens are the queries', and the keys behind a block are left out.
 
     As two matrix products, whose backward pass on a CPU takes less time than that of
     scaled_dot_product_attention. The softmax stays in the products' type; autocast would take it to
@@ -784,28 +786,40 @@ class PageByPage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, causal):
         N, T = query.shape[-2], key.shape[-2]
-        hidden = torch.full((N, N), -1e4, dtype=query.dtype, device=query.device).triu(1)
-        weights, output = [], []
-        for q, k, v in zip(query, key, value):
-            scores = torch.matmul(q, k.transpose(-1, -2))
-            if causal:
-                scores[..., T - N:] += hidden
-            weights.append(scores.softmax(-1))
-            output.append(torch.matmul(weights[-1], v))
+        ctx.blocks = [(slice(start, start + BLOCK),
+                       slice(min(T, T - N + start + BLOCK) if causal else T))
+                      for start in range(0, N, BLOCK)]            # queries and the keys they see
+        weights, output = [], torch.empty_like(query)
+        for q, k, v, o in zip(query, key, value, output):
+            for rows, seen in ctx.blocks:
+                scores = torch.matmul(q[..., rows, :], k[..., seen, :].transpose(-1, -2))
+                if causal:
+                    n = scores.shape[-2]
+                    scores[..., -n:] += torch.full((n, n), -1e4, dtype=q.dtype,
+                                                   device=q.device).triu(1)
+                weights.append(scores.softmax(-1))
+                o[..., rows, :] = torch.matmul(weights[-1], v[..., seen, :])
         ctx.save_for_backward(query, key, value, *weights)
-        return torch.stack(output)
+        return output
 
     @staticmethod
     def backward(ctx, of_output):
         query, key, value, *weights = ctx.saved_tensors
-        gradients = []
-        for q, k, v, p, of_o in zip(query, key, value, weights, of_output):
-            of_p = torch.matmul(of_o, v.transpose(-1, -2))
-            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
-            gradients.append((torch.matmul(of_scores, k),
-                              torch.matmul(of_scores.transpose(-1, -2), q),
-                              torch.matmul(p.transpose(-1, -2), of_o)))
-        return *map(torch.stack, zip(*gradients)), None
+        summed = query.dtype if len(ctx.blocks) == 1 else torch.promote_types(query.dtype,
+                                                                              torch.float32)
+        of_query = torch.empty_like(query)
+        of_key, of_value = (torch.zeros_like(x, dtype=summed) for x in (key, value))
+        remaining = iter(weights)
+        for q, k, v, of_o, of_q, of_k, of_v in zip(query, key, value, of_output, of_query, of_key,
+                                                   of_value):
+            for rows, seen in ctx.blocks:
+                p, of_rows = next(remaining), of_o[..., rows, :]
+                of_p = torch.matmul(of_rows, v[..., seen, :].transpose(-1, -2))
+                of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+                of_q[..., rows, :] = torch.matmul(of_scores, k[..., seen, :])
+                of_k[..., seen, :] += torch.matmul(of_scores.transpose(-1, -2), q[..., rows, :])
+                of_v[..., seen, :] += torch.matmul(p.transpose(-1, -2), of_rows)
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
 
 
 AttentionInterface.register("products", attend)
