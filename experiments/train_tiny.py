@@ -789,14 +789,15 @@ class BlockByBlock(torch.autograd.Function):
         ctx.blocks = [(slice(start, start + BLOCK),
                        slice(min(T, T - N + start + BLOCK) if causal else T))
                       for start in range(0, N, BLOCK)]            # queries and the keys they see
+        hidden = torch.full((min(N, BLOCK),) * 2, -1e4, dtype=query.dtype,
+                            device=query.device).triu(1)
         weights, output = [], torch.empty_like(query)
         for q, k, v, o in zip(query, key, value, output):
             for rows, seen in ctx.blocks:
                 scores = torch.matmul(q[..., rows, :], k[..., seen, :].transpose(-1, -2))
                 if causal:
                     n = scores.shape[-2]
-                    scores[..., -n:] += torch.full((n, n), -1e4, dtype=q.dtype,
-                                                   device=q.device).triu(1)
+                    scores[..., -n:] += hidden[:n, :n]
                 weights.append(scores.softmax(-1))
                 o[..., rows, :] = torch.matmul(weights[-1], v[..., seen, :])
         ctx.save_for_backward(query, key, value, *weights)
@@ -805,8 +806,9 @@ class BlockByBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_output):
         query, key, value, *weights = ctx.saved_tensors
-        summed = query.dtype if len(ctx.blocks) == 1 else torch.promote_types(query.dtype,
-                                                                              torch.float32)
+        summed = query.dtype                            # of one block; more are added in float32
+        if len(ctx.blocks) > 1:
+            summed = torch.promote_types(summed, torch.float32)
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(x, dtype=summed) for x in (key, value))
         remaining = iter(weights)
