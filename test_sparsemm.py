@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import socket
@@ -1391,8 +1392,8 @@ def test_training_sees_what_the_command_sees(tmp_path, name):
     assert len(image) == (batch["input_ids"][0] == train_tiny.IMAGE).sum()
     shown = labels[labels[:, 0] != train_tiny.IGNORE, :-1]
     boxes = image.boxes[image.kinds == model_llava.GRID]
-    cells = train_tiny.cell_characters(page)
-    labels_of_boxes = [cells[int(y0) // 16, int(x0) // 16].tolist()
+    cells = train_tiny.cell_characters(train_tiny.enlarged(page, layout.zoom))
+    labels_of_boxes = [cells[tuple(round(layout.zoom * x / 16) for x in (y0, x0))].tolist()
                        for x0, y0, *_ in boxes.tolist()]
     assert sorted(labels_of_boxes) == sorted(shown.tolist()) and shown.any()
     if name == "qwen2-vl":                       # LLaVA's labels come tile by tile, not row by row
@@ -1459,6 +1460,29 @@ def test_conversations_in_training_ask_what_the_page_answers(kind):
             assert learnt == "".join(answer + "<|im_end|>" for answer in turns[1::2])
             assert all(label in (i, train_tiny.IGNORE) for i, label in zip(ids, labels))
         assert len(set(asked)) == len(asked)
+
+
+def test_training_asks_for_far_lines_more_often():
+    """As often as successive draws in which each line that is left counts once, each far one three
+    times."""
+    from experiments import train_tiny
+    from experiments.pages import tasks
+    stage = train_tiny.Stage("test", "language", ((512, 512),), 1, 1, 0, 0, conversations=30)
+    page = train_tiny.render_page(random.Random(0), "letter", 512, 512)
+    weights = {int(about): 3 if int(about) > 12 else 1 for task, about, _ in tasks(page)
+               if task == "line"}
+    letters = {i: c for c, i in train_tiny.VOCABULARY.items()}
+    ours = theirs = 0
+    for seed in range(400):
+        said = train_tiny.conversations(stage, random.Random(seed), page, transcribe=False)
+        text = "".join(letters[i] for ids, *_ in said for i in ids)
+        asked = {int(n) for n in re.findall(r"What does line (\d+) say", text)}
+        assert len(asked) == 14 < len(weights)
+        ours += sum(weights[number] == 3 for number in asked)
+        left, rng = dict(weights), random.Random(seed)
+        for _ in range(14):
+            theirs += left.pop(rng.choices([*left], left.values())[0]) == 3
+    assert abs(ours - theirs) / 400 < 0.2 < 1 < ours / 400 - 14 * 10 / 22
 
 
 @pytest.mark.parametrize("transcribe", [True, False])
@@ -1748,7 +1772,7 @@ def test_training_from_what_is_no_checkpoint_of_the_layout_takes_one_line(tmp_pa
         assert error.count("\n") == 1 and option in error and str(folder) in error
 
 
-def test_the_second_small_model_learns_from_the_first(tmp_path):
+def test_the_second_small_model_learns_from_the_first(tmp_path, monkeypatch):
     """Which of the teacher's image tokens shows the same cell; whose heads and neurons the decoder
     starts with: query head h has the keys and values that it had in its group."""
     from experiments import train_tiny
@@ -1757,10 +1781,11 @@ def test_the_second_small_model_learns_from_the_first(tmp_path):
         dtype="bfloat16", teacher=HERE / "tiny" / "qwen2-vl"))
     stage = train_tiny.Stage("test", "vision", ((256, 128),), 2, 1, 0, 0, ("form",))
     first = train_tiny.LAYOUTS["qwen2-vl"]
+    monkeypatch.setattr(first, "zoom", trainer.layout.zoom)
     batch, labels = train_tiny.make_batch(trainer.layout, stage, random.Random(1), teacher=first)
     _, theirs = train_tiny.make_batch(first, stage, random.Random(1))
     shown = batch["same_cell"] >= 0
-    assert shown.sum() == 2 * 16 * 8 and labels.any()
+    assert shown.sum() == 2 * 20 * 10 and labels.any()
     assert torch.equal(labels[shown], theirs[batch["same_cell"][shown]])
     with torch.no_grad():
         together = trainer.loss(batch, labels, "vision")[0]

@@ -21,8 +21,8 @@ were read badly; what they do by themselves was not measured. They were not enou
 told columns apart, and the heads that look answers up, in the last layers, did not ask for them,
 until pages of the kind "fields", where the column alone says which value is meant, were mixed in.
 
-STAGES says in which order, on pages that grow from one short line to 1,024 image tokens. A model
-that cannot tell characters apart does not learn to find them either, so vision comes first.
+STAGES says in which order, on pages that grow from one short line to 512 x 512 pixels. A model that
+cannot tell characters apart does not learn to find them either, so vision comes first.
 
 With --teacher the LLaVA-NeXT layout starts from a trained Qwen2-VL one, which saves most of the
 time: in vision steps its image tokens, which show the same 16 x 16 pixels, are also drawn towards
@@ -33,13 +33,15 @@ With --start-from and --average the stages from --stage on begin with trained we
 written is the mean of what became of them and of other weights, as a rule those that they began
 with. On a CPU the later stages by themselves made many pages read worse; the mean read them about as
 well as before or better on qwen2-vl, and better on llava-next. The stage "many", on a GPU, needed no
-mean (figures: tiny/README.md).
+mean. What went before "tiles" ran with smaller ones (figures, and the order of it all:
+tiny/README.md).
 
 With --fonts a share of the pages, Stage.in_fonts, is drawn in other fonts than Pillow's built-in
 one.
 
 Pages for a step of stage "many", 64 of them, take one core half a second to render (AMD EPYC). An H100
-that trained both layouts at a time took 0.18 seconds a step, each with --workers 7.
+that trained both layouts at a time, llava-next with tiles of 128 x 128, took 0.18 seconds a step,
+each with --workers 7.
 
 In language steps several conversations share a page, which is computed once for all of them.
 
@@ -98,6 +100,7 @@ HINTS = COLUMNS + [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 LINES = [str(i) for i in range(1, 29)] + [f"shape {i}" for i in range(1, 5)]
 HINTED_LAYER, NO_HINTS = 3, (IGNORE, IGNORE, IGNORE)
 LONGEST = 96                      # tokens in a conversation of several turns
+FAR_LINE = 12                     # lines beyond it are miscounted, so they are asked for more often
 ADAMW_RATE = 0.25                 # share of Muon's learning rate that AdamW gets ...
 HINT_RATE = 0.1                   # ... and the layers for hints; at 1 their loss jumped to 12
 
@@ -173,6 +176,8 @@ SIZES_OF_LLAVA = ((256, 128), *[(256, 256)] * 2, (256, 384))
 LARGE_OF_QWEN = (*SIZES_OF_QWEN, (384, 384), (512, 256), (384, 512), *[(512, 512)] * 3)
 LARGE_OF_LLAVA = (*[(256, 256)] * 2, (256, 384), (384, 384), (512, 256), (384, 512),
                   *[(512, 512)] * 2)
+LARGEST_OF_LLAVA = ((256, 128), *[(256, 256)] * 3, (256, 384), (384, 384), (512, 256), (384, 512),
+                    *[(512, 512)] * 5)
 ALL_SIZES = (*SIZES_OF_LLAVA, (384, 256), (384, 384), (512, 256), (256, 512), (384, 512),
              *[(512, 512)] * 4)
 EVEN_KINDS = (*["lines"] * 14, *["shapes"] * 10, *["letter"] * 9, *["table"] * 8, *["form"] * 7,
@@ -296,6 +301,17 @@ STAGES = {
         Stage("many", "language", ALL_SIZES, 64, 2386, 2e-3, 1e-5, EVEN_KINDS, wear=0.05,
               rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False, in_fonts=0.15,
               conversations=8, batch_pixels=64 * 256 * 256),
+        Stage("tiles", "vision", ((256, 128), (128, 256)), 12, 2500, 2e-3, 5e-5, GLYPH_KINDS,
+              wear=0.05),
+        Stage("enlarged", "language", (*SIZES_OF_LLAVA, (256, 256)), 8, 1300, 1.2e-3, 1e-5,
+              EVEN_KINDS, wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
+              hinted=False, conversations=8, batch_pixels=8 * 256 * 256),
+        Stage("larger", "language", LARGEST_OF_LLAVA, 12, 1293, 1.2e-3, 1e-5, EVEN_KINDS,
+              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False,
+              in_fonts=0.12, conversations=8, batch_pixels=10 * 256 * 256),
+        Stage("counting", "language", LARGEST_OF_LLAVA, 12, 1200, 1.2e-3, 1e-5, EVEN_KINDS,
+              wear=0.05, rewording=0.1, transcripts=0.2, vision_rate=1.0, hinted=False,
+              in_fonts=0.12, conversations=10, batch_pixels=10 * 256 * 256),
     ),
 }
 
@@ -329,6 +345,7 @@ class Qwen2VLLayout:
     model_class = Qwen2VLForConditionalGeneration
     image_token = "<|image_pad|>"
     image_mark = "<|vision_start|><|image_pad|><|vision_end|>"      # an image in the chat template
+    zoom = 1                                # the image processor leaves pages at their own size
     merge, patch = 2, CELL // 2
     preprocessor = dict(image_processor_type="Qwen2VLImageProcessor",
                         processor_class="Qwen2VLProcessor", patch_size=patch, temporal_patch_size=2,
@@ -380,7 +397,7 @@ class Qwen2VLLayout:
         last = torch.full((3, 1), 2 + max(rows, columns))
         return torch.cat([torch.tensor([[0, 1]] * 3), page, last], 1)
 
-    def images(self, pages):
+    def images(self, pages, drawn):
         """What pixel_values takes, of the pages of a batch, which are of one size."""
         return dict(pages=as_bytes(page.image for page in pages))
 
@@ -416,14 +433,18 @@ class Qwen2VLLayout:
 
 
 class LlavaNextLayout:
-    """MHA, rotary positions in one dimension; tiles of 128 x 128 pixels, a patch of 16 x 16 is an
-    image token; the thumbnail comes first, every row of the page ends with a newline token."""
+    """MHA, rotary positions in one dimension; tiles of 160 x 160 pixels, a patch of 16 x 16 is an
+    image token; the thumbnail comes first, every row of the page ends with a newline token.
+
+    Pages whose sides are multiples of 128 pixels are enlarged to as many tiles. Their type, drawn
+    at 13 to 16 pixels, is so 16 to 20 pixels high; as it was drawn, patches as coarse as these told
+    similar characters apart less well (tiny/README.md)."""
 
     model_class = LlavaNextForConditionalGeneration
     image_token = image_mark = "<image>"
-    tile = 128
+    tile, zoom = 160, 160 / 128
     side = tile // CELL
-    pinpoints = [[128 * rows, 128 * columns] for rows in range(1, 9) for columns in range(1, 9)
+    pinpoints = [[160 * rows, 160 * columns] for rows in range(1, 9) for columns in range(1, 9)
                  if rows * columns <= 24]                                          # (height, width)
     preprocessor = dict(image_processor_type="LlavaNextImageProcessor",
                         processor_class="LlavaNextProcessor", size={"shortest_edge": tile},
@@ -466,22 +487,23 @@ class LlavaNextLayout:
         """(prefix,) int64."""
         return torch.arange(1 + len(self.image_ids(width, height)))
 
-    def images(self, pages):
+    def images(self, pages, drawn):
         """What pixel_values takes, of the pages of a batch, which are of one size, a multiple of
-        the tile's."""
+        the tile's, and of the same pages as they were drawn: the image processor makes thumbnails
+        of these."""
         small = [page.image.resize((self.tile, self.tile), Image.Resampling.BICUBIC)
-                 for page in pages]
+                 for page in drawn]
         return dict(pages=as_bytes(page.image for page in pages), thumbnails=as_bytes(small))
 
     def pixel_values(self, pages, thumbnails):
-        """(B, H, W, 3) and (B, 128, 128, 3) uint8 -> (B, 1 + tiles, 3, 128, 128), the thumbnail
+        """(B, H, W, 3) and (B, tile, tile, 3) uint8 -> (B, 1 + tiles, 3, tile, tile), the thumbnail
         first, then the tiles row by row."""
         (B, H, W, _), tile = pages.shape, self.tile
         tiles = pages.view(B, H // tile, tile, W // tile, tile, 3).permute(0, 1, 3, 5, 2, 4)
         return scaled(torch.cat([thumbnails.permute(0, 3, 1, 2)[:, None], tiles.flatten(1, 2)], 1))
 
     def see(self, model, pages, thumbnails):
-        """The vision tower and the projector: (B * (1 + tiles), 64, E)."""
+        """The vision tower and the projector: (B * (1 + tiles), side**2, E)."""
         states = model.model.vision_tower(self.pixel_values(pages, thumbnails).flatten(0, 1),
                                           output_hidden_states=True).hidden_states
         return model.model.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
@@ -571,6 +593,18 @@ def read_checkpoint(layout, option, folder):
 
 # ---- the batches ---------------------------------------------------------------------------------
 
+def enlarged(page, zoom):
+    """A page as an image processor resizes it, with the places of its words and objects."""
+    def times(numbers):
+        return tuple(x * zoom for x in numbers)
+
+    size = tuple(map(round, times(page.image.size)))
+    return replace(page, image=page.image.resize(size, Image.Resampling.BICUBIC),
+                   lines=[[replace(word, box=times(word.box), centers=[*map(times, word.centers)])
+                           for word in line] for line in page.lines],
+                   objects=[replace(thing, box=times(thing.box)) for thing in page.objects])
+
+
 def cell_characters(page):
     """(rows, columns, CHARS_PER_CELL) int64: the characters whose centre lies in each cell of the
     page, 0 for none."""
@@ -640,7 +674,11 @@ def conversations(stage, rng, page, transcribe):
     values = [question for question in questions if question[0] == "value"]
     others = [question for question in questions if question[0] != "value"]
     rng.shuffle(values)
-    chosen = rng.sample(others, min(4 if values else 12, len(others))) + values[:16]
+    lots = [question for question in others
+            for _ in range(3 if question[0] == "line" and int(question[1]) > FAR_LINE else 1)]
+    rng.shuffle(lots)
+    others = [*dict.fromkeys(lots)]                        # each once, far lines sooner
+    chosen = others[:10 if values else 14] + values[:8]
     rng.shuffle(chosen)
     if transcribe or not chosen:
         chosen = [transcript]
@@ -686,10 +724,12 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
         return render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
                            wear=stage.wear, fonts=fonts if others else (None,))
 
-    pages = [draw() for _ in range(max(1, min(stage.batch, stage.batch_pixels // math.prod(size))))]
+    drawn = [draw() for _ in range(max(1, min(stage.batch, stage.batch_pixels // math.prod(size))))]
+    pages = [enlarged(page, layout.zoom) for page in drawn]
+    width, height = pages[0].image.size
     transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
-    prefix = [IM_START] + layout.image_ids(*size)
+    prefix = [IM_START] + layout.image_ids(width, height)
     count = max(map(len, said))
     length = -(-max(len(ids) for page in said for ids, *_ in page) // ROUND) * ROUND
 
@@ -706,17 +746,18 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
         [layout.token_labels(cell_hints(page)) for page in pages]))
     if not stage.hinted:
         hints.fill_(IGNORE)
-    positions = layout.positions(*size)                                            # (..., prefix)
+    positions = layout.positions(width, height)                                    # (..., prefix)
     following = (positions.max() + 1 + torch.arange(length)).repeat(count)
     positions = torch.cat([positions, following.expand(*positions.shape[:-1], -1)], -1)
     positions = positions.unsqueeze(-2).repeat_interleave(len(pages), -2)          # (..., B, T)
     cells = [layout.cell_labels(cell_contents(page)) for page in pages]
     batch = dict(input_ids=ids, labels=labels, hints=hints, prefix=len(prefix), conversations=count,
-                 image_at=prefix.index(IMAGE), position_ids=positions, images=layout.images(pages))
+                 image_at=prefix.index(IMAGE), position_ids=positions,
+                 images=layout.images(pages, drawn))
     if teacher and stage.step == "vision":
-        rows, columns = size[1] // CELL, size[0] // CELL
+        rows, columns = height // CELL, width // CELL
         numbers = np.arange(len(pages) * rows * columns).reshape(len(pages), rows, columns, 1)
-        batch["teacher"] = teacher.images(pages)
+        batch["teacher"] = teacher.images(pages, drawn)
         batch["same_cell"] = torch.from_numpy(
             np.concatenate([layout.cell_labels(page)[:, 0] for page in numbers]))
     return batch, torch.from_numpy(np.concatenate(cells))
