@@ -1482,7 +1482,9 @@ def test_training_asks_for_far_lines_more_often():
         left, rng = dict(weights), random.Random(seed)
         for _ in range(14):
             theirs += left.pop(rng.choices([*left], left.values())[0]) == 3
-    assert abs(ours - theirs) / 400 < 0.2 < 1 < ours / 400 - 14 * 10 / 22
+    assert abs(ours - theirs) / 400 < 0.2
+    all_alike = 14 * 10 / 22                               # ten of the page's 22 lines are far
+    assert ours / 400 > all_alike + 1
 
 
 @pytest.mark.parametrize("transcribe", [True, False])
