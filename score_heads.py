@@ -107,9 +107,12 @@ class Reading:
 
 def attention_logits(q, k):
     """Of the last n queries, causal, not divided by sqrt(D). q: (H, n, D), k: (G, T, D). Returns
-    (H, n, T) float32."""
+    (H, n, T) float32. Of bfloat16 numbers a CPU's units for them make the same exact products, and
+    add them up in float32, in less time than its others do."""
     (H, n, D), (G, T, _) = q.shape, k.shape
-    logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)                # (G, H/G*n, T)
+    units = "bf16" if q.dtype == torch.bfloat16 else "none"
+    with torch.backends.mkldnn.flags(True, allow_tf32=None, fp32_precision=units):
+        logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)            # (G, H/G*n, T)
     future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     logits.view(H, n, T)[:, :, T - n:].masked_fill_(future, -torch.inf)
     return logits.view(H, n, T)

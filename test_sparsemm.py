@@ -1181,6 +1181,18 @@ def full_transcript(ours, images, limit):
     return model_llava.prepare(ours, images, score_heads.OCR_PROMPT), plain, len(plain) < len(ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_logits_have_the_precision_of_float32(dtype):
+    """Whatever units compute them, the arg-max is not that of numbers rounded to bfloat16."""
+    torch.manual_seed(0)
+    q, k = torch.randn(4, 40, 64).to(dtype), torch.randn(2, 300, 64).to(dtype)
+    expected = q.double() @ k.double().repeat_interleave(2, 0).transpose(1, 2)
+    seen = torch.ones(40, 300, dtype=torch.bool).tril(300 - 40)
+    logits = score_heads.attention_logits(q, k)
+    assert logits.dtype == torch.float32 and (logits[:, ~seen] == -torch.inf).all()
+    assert (logits - expected)[:, seen].abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("rows", [8, 64])
 def test_one_pass_equals_step_by_step(checkpoints, monkeypatch, rows):
     """The hits of one pass over a transcript are those seen while it is decoded token by token,
@@ -1557,7 +1569,7 @@ def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
         elif not of_grid or not touched:
             assert hint == train_tiny.NO_HINTS
     assert len(found) >= {"table": 6, "shapes": 1, "form": 2}[kind]
-    unhinted, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], replace(stage, hinted=False),
+    unhinted, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], replace(stage, hinted=0),
                                         random.Random(5))
     assert (unhinted.pop("hints") == train_tiny.IGNORE).all()
     assert all(torch.equal(batch[key], x) for key, x in unhinted.items() if torch.is_tensor(x))
@@ -1577,6 +1589,28 @@ def test_training_on_large_pages():
     lines = train_tiny.cell_hints(page)[:, 0, 2].tolist()
     assert [train_tiny.LINES[i] for i in lines[:28]] == [str(i) for i in range(1, 29)]
     assert lines[28:] == [train_tiny.IGNORE] * 12
+
+
+@pytest.mark.parametrize("share, found", [(0, {False}), (0.5, {False, True}), (1, {True})])
+def test_training_on_batches_of_nothing_but_shapes(share, found):
+    """They have twice as many pages, of which none is transcribed."""
+    from experiments import train_tiny
+    layout = train_tiny.LAYOUTS["qwen2-vl"]
+    stage = train_tiny.Stage("read", "language", ((96, 96),), 2, 1, 0, 0, transcripts=1,
+                             shapes_alone=share)
+    alone = set()
+    for seed in range(12):
+        pages, with_text = train_tiny.draw_pages(stage, random.Random(seed))
+        alone.add(not with_text)
+        assert len(pages) == (2 if with_text else 4)
+        assert with_text or all(page.objects for page in pages)
+        batch, _ = train_tiny.make_batch(layout, stage, random.Random(seed))
+        for page, labels in zip(pages, batch["labels"]):
+            learnt = [i for i in labels.tolist() if i != train_tiny.IGNORE][:-1]
+            shapes = ", ".join(thing.text for thing in page.objects)
+            written = page.text if with_text else shapes
+            assert learnt == [train_tiny.VOCABULARY[c] for c in written]
+    assert alone == found
 
 
 @pytest.mark.parametrize("block", [3, 4, 256])
@@ -1689,16 +1723,23 @@ def test_training_exports_the_mean_of_models(three_checkpoints, tmp_path):
 
 
 def test_training_that_starts_from_weights(three_checkpoints, tmp_path):
-    """The layers that name characters learn before the model does; and once a state is saved, it
-    goes on from that, as the same command given again must."""
+    """The layers that name characters and hints learn before the model does; and once a state is
+    saved, it goes on from that, as the same command given again must."""
     from experiments import train_tiny
     layout, stage, args = three_checkpoints
     trainer = train_tiny.Trainer(args)
-    batch = train_tiny.make_batch(layout, replace(stage, step="vision"), random.Random(0))
-    before = trainer.loss(*batch, "vision")[0].item()
-    trainer.start_from(tmp_path / "one", "read")
-    assert trainer.loss(*batch, "vision")[0].item() < before - 1
+    see, name = replace(stage, step="vision"), replace(stage, hinted=100)
+    batches = [train_tiny.make_batch(layout, part, random.Random(0)) for part in (see, name)]
+
+    def losses():
+        return [trainer.loss(*batch, part)[0].item() for batch, part in zip(batches, (see, name))]
+
     one = layout.model_class.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    trainer.model.load_state_dict(one.state_dict())
+    before = losses()
+    trainer.start_from(tmp_path / "one", "read")
+    after = losses()
+    assert after[0] < before[0] - 1 and after[1] < before[1] - 10
     assert all(map(torch.equal, one.parameters(), trainer.model.parameters()))
     trainer.step = 1
     trainer.save(every=0)
@@ -1715,7 +1756,7 @@ def test_training_computes_in_the_dtype_that_was_asked_for(three_checkpoints, dt
     layout, stage, args = three_checkpoints
     args.dtype = dtype
     trainer = train_tiny.Trainer(args)
-    trainer.loss(*train_tiny.make_batch(layout, stage, random.Random(0)), "language")
+    trainer.loss(*train_tiny.make_batch(layout, stage, random.Random(0)), stage)
     assert trainer.image_tokens.dtype == getattr(torch, dtype)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
@@ -1790,10 +1831,10 @@ def test_the_second_small_model_learns_from_the_first(tmp_path, monkeypatch):
     assert shown.sum() == 2 * 20 * 10 and labels.any()
     assert torch.equal(labels[shown], theirs[batch["same_cell"][shown]])
     with torch.no_grad():
-        together = trainer.loss(batch, labels, "vision")[0]
+        together = trainer.loss(batch, labels, stage)[0]
         own = trainer.image_tokens.flatten(0, 1)[shown]
         taught = trainer.teachers_tokens[batch["same_cell"][shown]].float()
-        apart = trainer.loss({"images": batch["images"]}, labels, "vision")[0]
+        apart = trainer.loss({"images": batch["images"]}, labels, stage)[0]
         unlike = (own - taught).square().mean() / trainer.teachers_tokens.float().var(0).mean()
     assert together - apart == pytest.approx(unlike.item(), rel=1e-3)
 

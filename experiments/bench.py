@@ -322,25 +322,29 @@ def random_pair(geometry, device, dtype):
     return ours.eval(), reference
 
 
-def bench_scoring(name, num, seed, device, dtype):
+def bench_scoring(name, num, seed, device, dtypes):
     """Pages a second of both procedures with both transcripts, on the pages that score_heads.py
-    renders by itself, and on letters, which are full of text. name: a checkpoint's folder, or one
-    of GEOMETRIES. A random model never ends its transcript, so that it gets as many tokens as the
-    page has; and no draft of it is ever right."""
+    renders by itself, and on letters, which are full of text: a result for each dtype. A page is
+    scored in every dtype before the next one, so that a machine whose speed changes over minutes
+    favours none. name: a checkpoint's folder, or one of GEOMETRIES. A random model never ends its
+    transcript, so that it gets as many tokens as the page has; and no draft of it is ever right."""
     random = name in GEOMETRIES
-    ours, reference = (random_pair if random else trained_pair)(name, device, dtype)
-    rows = []
+    pairs = {dtype: (random_pair if random else trained_pair)(name, device, dtype)
+             for dtype in dtypes}
+    rows = {dtype: [] for dtype in dtypes}
     for what, kinds in (("all kinds", KINDS), ("letters", ("letter",)))[:1 if random else 2]:
         pages = Rendered(kinds, seed, (256, 384), num + 1)
         for whose in ("truth",) if random else ("truth", "model"):
-            taken = [compare_scoring(ours, reference, pages[i], whose, random) for i in tqdm(
-                range(num + 1), desc=f"{Path(name).name}, {dtype}, {what}, {whose}")]
-            tokens, fast, slow, differ = (sum(column) for column in zip(*taken[1:]))
-            assert dtype != "float32" or differ / num < 0.001, differ    # two keys may tie
-            rows.append(dict(pages=what, transcript=whose, tokens=tokens / num,
-                             images_per_second=num / fast, times_faster=slow / fast,
-                             step_by_step_images_per_second=num / slow, differ=differ / num))
-    return dict(model=Path(name).name, dtype=dtype, num=num, rows=rows)
+            taken = [[compare_scoring(*pair, pages[i], whose, random) for pair in pairs.values()]
+                     for i in tqdm(range(num + 1), desc=f"{Path(name).name}, {what}, {whose}")]
+            for dtype, of_dtype in zip(dtypes, zip(*taken[1:])):
+                tokens, fast, slow, differ = (sum(column) for column in zip(*of_dtype))
+                assert dtype != "float32" or differ / num < 0.001, differ    # two keys may tie
+                rows[dtype].append(dict(
+                    pages=what, transcript=whose, tokens=tokens / num, images_per_second=num / fast,
+                    times_faster=slow / fast, step_by_step_images_per_second=num / slow,
+                    differ=differ / num))
+    return [dict(model=Path(name).name, dtype=dtype, num=num, rows=rows[dtype]) for dtype in dtypes]
 
 
 def compare_scoring(ours, reference, page, whose, endless=False, repeats=3):
@@ -373,6 +377,14 @@ def scoring_table(results):
                          f"| {row['images_per_second']:.2f} "
                          f"| {row['step_by_step_images_per_second']:.2f} "
                          f"| {row['times_faster']:.1f} | {row['differ']:.1%} |")
+    lines.append("\nEach procedure in the numbers that suit it best:\n")
+    for model in dict.fromkeys(result["model"] for result in results):
+        of_model = [result["rows"] for result in results if result["model"] == model]
+        for rows in zip(*of_model):
+            fast, slow = (max(row[speed] for row in rows) for speed in
+                          ("images_per_second", "step_by_step_images_per_second"))
+            lines.append(f"* {model}, {rows[0]['pages']}, {rows[0]['transcript']}: "
+                         f"{fast:.2f} / {slow:.2f} = {fast / slow:.1f}")
     return "\n".join(lines)
 
 
@@ -409,8 +421,8 @@ def measure(args, on_cpu, dtypes):
         return results, decode_table(results)
     if args.part == "scoring":
         models = args.geometry or args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
-        results = [bench_scoring(name, args.num, args.seed, args.device, dtype) for name in models
-                   for dtype in dtypes]
+        results = [result for name in models for result in bench_scoring(
+            name, args.num, args.seed, args.device, dtypes)]
         return results, scoring_table(results)
     results = bench_command(args.num)
     return results, command_table(results)

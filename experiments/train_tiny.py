@@ -17,9 +17,10 @@ they name its line, in a table also its column and its row's item, where it show
 that shape and which of the page's it is; and before each character of an answer the line that is
 being written, the shape that is being named, or the column and the item that were asked for.
 They were added when the models found a table's row but took any of its columns, and named lines
-were read badly; what they do by themselves was not measured. They were not enough: the hinted layer
-told columns apart, and the heads that look answers up, in the last layers, did not ask for them,
-until pages of the kind "fields", where the column alone says which value is meant, were mixed in.
+were read badly. They were not enough: the hinted layer told columns apart, and the heads that look
+answers up, in the last layers, did not ask for them, until pages of the kind "fields", where the
+column alone says which value is meant, were mixed in. On large pages they helped with shapes
+(tiny/README.md, "Larger tiles").
 
 STAGES says in which order, on pages that grow from one short line to 512 x 512 pixels. A model that
 cannot tell characters apart does not learn to find them either, so vision comes first.
@@ -121,10 +122,11 @@ class Stage:
     transcripts: float = 0.4    # share of batches whose pages are transcribed
     vision_every: int = 1       # in language steps the vision tower learns in one of so many ...
     vision_rate: float = 0.4    # ... at this share of the learning rate
-    hinted: bool = True         # whether the decoder is trained to name hints, too
+    hinted: float = 1.0         # weight of the decoder's hints in the loss
     in_fonts: float = 0.5       # share of pages that are drawn in --fonts, if there are any
     conversations: int = 5      # about a page, at most
     batch_pixels: float = math.inf      # at most: a batch has fewer large pages
+    shapes_alone: float = 0.0   # share of batches of nothing but shapes, besides those of `kinds`
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -178,10 +180,14 @@ LARGE_OF_LLAVA = (*[(256, 256)] * 2, (256, 384), (384, 384), (512, 256), (384, 5
                   *[(512, 512)] * 2)
 LARGEST_OF_LLAVA = ((256, 128), *[(256, 256)] * 3, (256, 384), (384, 384), (512, 256), (384, 512),
                     *[(512, 512)] * 5)
+HALF_OF_THEM_LARGE = ((256, 256), (256, 256), (256, 384), (384, 384), (384, 512), (512, 256),
+                      (512, 256), *[(512, 512)] * 7)
 ALL_SIZES = (*SIZES_OF_LLAVA, (384, 256), (384, 384), (512, 256), (256, 512), (384, 512),
              *[(512, 512)] * 4)
 EVEN_KINDS = (*["lines"] * 14, *["shapes"] * 10, *["letter"] * 9, *["table"] * 8, *["form"] * 7,
               *["label"] * 6, *["sign"] * 4, *["receipt"] * 4)
+KINDS_OF_TEXT = (*["lines"] * 14, *["letter"] * 9, *["form"] * 8, *["table"] * 7, *["label"] * 6,
+                 *["sign"] * 5, *["receipt"] * 3)
 STAGES = {
     "qwen2-vl": (
         Stage("vision", "vision", ((128, 48), (96, 64), (192, 32)), 32, 2500, 1e-2, 3e-3,
@@ -244,13 +250,13 @@ STAGES = {
               *FINER_OF_QWEN), wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
               in_fonts=0.25),
         Stage("large", "language", LARGE_OF_QWEN, 8, 340, 1e-3, 1e-5, LINES_OF_QWEN, wear=0.05,
-              rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
+              rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=0,
               in_fonts=0.25, batch_pixels=8 * 256 * 256),
         Stage("settle", "language", LARGE_OF_QWEN, 8, 230, 8e-4, 1e-5, LINES_OF_QWEN, wear=0.05,
-              rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=False,
+              rewording=0.1, transcripts=0.25, vision_every=3, vision_rate=0.8, hinted=0,
               in_fonts=0.25, batch_pixels=8 * 256 * 256),
         Stage("many", "language", ALL_SIZES, 64, 2466, 2e-3, 1e-5, EVEN_KINDS, wear=0.05,
-              rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False, in_fonts=0.15,
+              rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=0, in_fonts=0.15,
               conversations=8, batch_pixels=64 * 256 * 256),
     ),
     "llava-next": (
@@ -286,32 +292,36 @@ STAGES = {
         Stage("sharper", "vision", ((256, 128), (128, 256)), 12, 12000, 2e-3, 3e-5, GLYPH_KINDS,
               wear=0.05),
         Stage("final", "language", SIZES_OF_LLAVA, 8, 750, 1.2e-3, 1e-5, FINAL_OF_LLAVA, wear=0.05,
-              rewording=0.1, transcripts=0.35, vision_every=2, hinted=False),
+              rewording=0.1, transcripts=0.35, vision_every=2, hinted=0),
         Stage("finer", "language", SIZES_OF_LLAVA, 8, 950, 1.2e-3, 1e-5, FINER_OF_LLAVA, wear=0.05,
-              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.6, hinted=False),
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=0.6, hinted=0),
         Stage("again", "language", SIZES_OF_LLAVA, 8, 1500, 1.2e-3, 1e-5, LINES_OF_LLAVA, wear=0.05,
-              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=0),
         Stage("more", "language", SIZES_OF_LLAVA, 8, 1300, 1.2e-3, 1e-5, LINES_OF_LLAVA, wear=0.05,
-              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=False),
+              rewording=0.1, transcripts=0.35, vision_every=2, vision_rate=1.0, hinted=0),
         Stage("still", "language", SIZES_OF_LLAVA, 8, 880, 9.5e-4, 1e-5, MORE_LINES_OF_LLAVA,
-              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False),
+              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=0),
         Stage("large", "language", LARGE_OF_LLAVA, 8, 600, 1e-3, 1e-5, MORE_LINES_OF_LLAVA,
-              wear=0.05, rewording=0.1, transcripts=0.25, vision_rate=1.0, hinted=False,
+              wear=0.05, rewording=0.1, transcripts=0.25, vision_rate=1.0, hinted=0,
               batch_pixels=8 * 256 * 256),
         Stage("many", "language", ALL_SIZES, 64, 2386, 2e-3, 1e-5, EVEN_KINDS, wear=0.05,
-              rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False, in_fonts=0.15,
+              rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=0, in_fonts=0.15,
               conversations=8, batch_pixels=64 * 256 * 256),
         Stage("tiles", "vision", ((256, 128), (128, 256)), 12, 2500, 2e-3, 5e-5, GLYPH_KINDS,
               wear=0.05),
         Stage("enlarged", "language", (*SIZES_OF_LLAVA, (256, 256)), 8, 1300, 1.2e-3, 1e-5,
               EVEN_KINDS, wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0,
-              hinted=False, conversations=8, batch_pixels=8 * 256 * 256),
+              hinted=0, conversations=8, batch_pixels=8 * 256 * 256),
         Stage("larger", "language", LARGEST_OF_LLAVA, 12, 1293, 1.2e-3, 1e-5, EVEN_KINDS,
-              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=False,
+              wear=0.05, rewording=0.1, transcripts=0.35, vision_rate=1.0, hinted=0,
               in_fonts=0.12, conversations=8, batch_pixels=10 * 256 * 256),
         Stage("counting", "language", LARGEST_OF_LLAVA, 12, 1200, 1.2e-3, 1e-5, EVEN_KINDS,
-              wear=0.05, rewording=0.1, transcripts=0.2, vision_rate=1.0, hinted=False,
+              wear=0.05, rewording=0.1, transcripts=0.2, vision_rate=1.0, hinted=0,
               in_fonts=0.12, conversations=10, batch_pixels=10 * 256 * 256),
+        Stage("objects", "language", HALF_OF_THEM_LARGE, 12, 770, 1e-3, 1e-5, KINDS_OF_TEXT,
+              wear=0.05, rewording=0.1, transcripts=0.12, vision_every=2, vision_rate=1.0,
+              hinted=0.2, in_fonts=0.1, conversations=12, batch_pixels=10 * 256 * 256,
+              shapes_alone=0.27),
     ),
 }
 
@@ -706,6 +716,24 @@ def padded(rows, filling, count, length):
     return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
 
+def draw_pages(stage, rng, fonts=()):
+    """The pages of a batch, all of one size, and whether they are of the stage's kinds.
+
+    Else they show shapes, about which there is one question a page: beside pages with many, rows of
+    theirs would be mostly padding. A batch of nothing else has room for more pages."""
+    size = rng.choice(stage.sizes)
+    alone = stage.shapes_alone > 0 and rng.random() < stage.shapes_alone
+    kinds, room = (("shapes",), 2) if alone else (stage.kinds, 1)
+    count = max(1, min(room * stage.batch, room * stage.batch_pixels // math.prod(size)))
+
+    def draw():
+        others = fonts and rng.random() < stage.in_fonts
+        return render_page(rng, rng.choice(kinds), *size, max_rows=stage.max_rows,
+                           wear=stage.wear, fonts=fonts if others else (None,))
+
+    return [draw() for _ in range(count)], not alone
+
+
 def make_batch(layout, stage, rng, fonts=(), teacher=None):
     """One batch of a stage: the model's keyword arguments with the hints for each position, and
     what each image token shows (see cell_contents).
@@ -717,17 +745,10 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
     With a teacher's layout vision steps also have what the teacher's vision tower takes, and for
     each of the model's own image tokens the number of the teacher's that shows the same cell, below
     0 for none."""
-    size = rng.choice(stage.sizes)
-
-    def draw():
-        others = fonts and rng.random() < stage.in_fonts
-        return render_page(rng, rng.choice(stage.kinds), *size, max_rows=stage.max_rows,
-                           wear=stage.wear, fonts=fonts if others else (None,))
-
-    drawn = [draw() for _ in range(max(1, min(stage.batch, stage.batch_pixels // math.prod(size))))]
+    drawn, with_text = draw_pages(stage, rng, fonts)
     pages = [enlarged(page, layout.zoom) for page in drawn]
     width, height = pages[0].image.size
-    transcribe = rng.random() < stage.transcripts      # all of a batch, so that rows are alike long
+    transcribe = with_text and rng.random() < stage.transcripts     # all, so that rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(width, height)
     count = max(map(len, said))
@@ -1012,8 +1033,8 @@ class Trainer:
 
     def start_from(self, folder, stage):
         """Begins at a stage with the weights of an exported folder, unless a saved state goes on.
-        The layers that name characters and hints are not among the weights; those on the image
-        tokens learn first, while the model stands still."""
+        The layers that name characters and hints are not among the weights; they learn first, while
+        the model stands still."""
         weights = read_checkpoint(self.args.layout, "--start-from", folder)
         if self.state_file.exists():
             return
@@ -1021,16 +1042,21 @@ class Trainer:
         self.stage = [s.name for s in self.stages].index(stage)
         self.learn_names(self.stages[self.stage])
 
-    def learn_names(self, stage, steps=120):
-        """Trains the layers that name what image tokens show, and nothing else."""
-        optimizer = torch.optim.Adam([*self.cells.parameters(), *self.hints[0].parameters()])
+    def learn_names(self, stage):
+        """Trains the layers that name what image tokens show, then those on the decoder's states if
+        the stage has hints, and nothing else."""
+        optimizer = torch.optim.Adam([*self.cells.parameters(), *self.hints.parameters()])
+        parts = [(replace(stage, name="names", step="vision", batch=min(stage.batch, 8), steps=120),
+                  1e-2)]
+        if stage.hinted:
+            parts.append((replace(stage, name="hints", transcripts=0, steps=40), 4e-3))
         self.model.requires_grad_(False)
-        stage = replace(stage, name="names", step="vision", batch=min(stage.batch, 8), steps=steps)
-        for step, batch in enumerate(tqdm(self.batches(stage, 0), desc="names")):
-            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-            self.loss(*batch, "vision")[0].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        for part, rate in parts:
+            for step, batch in enumerate(tqdm(self.batches(part, 0), desc=part.name)):
+                optimizer.param_groups[0]["lr"] = rate * (1 - step / part.steps)
+                self.loss(*batch, part)[0].backward()
+                optimizer.step()
+                optimizer.zero_grad()
         self.model.requires_grad_(True)
 
     def load(self):
@@ -1058,12 +1084,12 @@ class Trainer:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bfloat16")
 
-    def loss(self, batch, contents, step):
+    def loss(self, batch, contents, stage):
         """The stage's loss; token accuracy (language) or cell accuracy (vision) of the batch."""
         characters, shapes = moved(contents, self.device).split([CHARS_PER_CELL, 1], 1)
         batch = moved(batch, self.device)
         with self.autocast():
-            if step == "vision":
+            if stage.step == "vision":
                 self.layout.see(self.model, **batch["images"])
             else:
                 labels = batch["labels"]
@@ -1077,13 +1103,13 @@ class Trainer:
                                     ignore_index=IGNORE)
         cell_loss = cell_loss + naming_loss(self.hints[0], self.image_tokens.flatten(0, -2),
                                             shapes[:, 0])
-        if step == "vision":
+        if stage.step == "vision":
             right = (logits.argmax(-1) == characters).all(-1)
             if "teacher" in batch:
                 cell_loss = cell_loss + self.unlike(batch["teacher"], batch["same_cell"])
             return cell_loss, share_of(right, characters[:, 0] > 0)
         for layer, wanted in zip(self.hints[1:], batch["hints"].unbind(-1)):
-            cell_loss = cell_loss + naming_loss(layer, self.hinted, wanted)
+            cell_loss = cell_loss + stage.hinted * naming_loss(layer, self.hinted, wanted)
         predicted, labels = out.logits[:, :-1].argmax(-1), labels[:, 1:]
         return out.loss + 0.5 * cell_loss, share_of(predicted == labels, labels != IGNORE)
 
@@ -1124,7 +1150,7 @@ class Trainer:
         """Accuracy on pages of this stage that no training step draws."""
         self.model.eval()
         rng = random.Random("held out")
-        accuracy = [self.loss(*make_batch(self.layout, stage, rng), stage.step)[1].item()
+        accuracy = [self.loss(*make_batch(self.layout, stage, rng), stage)[1].item()
                     for _ in range(batches)]
         self.model.train()
         return sum(accuracy) / len(accuracy)
@@ -1155,7 +1181,7 @@ class Trainer:
             self.set_rate(stage)
             for parameter in self.vision:
                 parameter.requires_grad_(self.step % stage.vision_every == 0)
-            loss, accuracy = self.loss(batch, contents, stage.step)
+            loss, accuracy = self.loss(batch, contents, stage)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for optimizer in self.optimizers:
