@@ -111,7 +111,7 @@ def attention_logits(q, k):
     add them up in float32, in less time than its others do."""
     (H, n, D), (G, T, _) = q.shape, k.shape
     units = "bf16" if q.dtype == torch.bfloat16 else "none"
-    with torch.backends.mkldnn.flags(True, allow_tf32=None, fp32_precision=units):
+    with torch.backends.mkldnn.flags(enabled=True, allow_tf32=None, fp32_precision=units):
         logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)            # (G, H/G*n, T)
     future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     logits.view(H, n, T)[:, :, T - n:].masked_fill_(future, -torch.inf)

@@ -377,7 +377,15 @@ def scoring_table(results):
                          f"| {row['images_per_second']:.2f} "
                          f"| {row['step_by_step_images_per_second']:.2f} "
                          f"| {row['times_faster']:.1f} | {row['differ']:.1%} |")
-    lines.append("\nEach procedure in the numbers that suit it best:\n")
+    if len({result["dtype"] for result in results}) > 1:
+        lines.append("\nEach procedure in the numbers that suit it best:\n")
+        lines += at_their_best(results)
+    return "\n".join(lines)
+
+
+def at_their_best(results):
+    """For each model and each kind of pages the speed of both procedures, whatever the dtype."""
+    lines = []
     for model in dict.fromkeys(result["model"] for result in results):
         of_model = [result["rows"] for result in results if result["model"] == model]
         for rows in zip(*of_model):
@@ -385,7 +393,7 @@ def scoring_table(results):
                           ("images_per_second", "step_by_step_images_per_second"))
             lines.append(f"* {model}, {rows[0]['pages']}, {rows[0]['transcript']}: "
                          f"{fast:.2f} / {slow:.2f} = {fast / slow:.1f}")
-    return "\n".join(lines)
+    return lines
 
 
 # ---- the command, cold ---------------------------------------------------------------------------

@@ -19,8 +19,8 @@ being written, the shape that is being named, or the column and the item that we
 They were added when the models found a table's row but took any of its columns, and named lines
 were read badly. They were not enough: the hinted layer told columns apart, and the heads that look
 answers up, in the last layers, did not ask for them, until pages of the kind "fields", where the
-column alone says which value is meant, were mixed in. On large pages they helped with shapes
-(tiny/README.md, "Larger tiles").
+column alone says which value is meant, were mixed in. Of two trainings the one with hints named
+more shapes on large pages than the one without (tiny/README.md, "Larger tiles").
 
 STAGES says in which order, on pages that grow from one short line to 512 x 512 pixels. A model that
 cannot tell characters apart does not learn to find them either, so vision comes first.
@@ -32,17 +32,17 @@ shared it. Positions are counted otherwise there, and nothing keeps the copy as 
 
 With --start-from and --average the stages from --stage on begin with trained weights, and what is
 written is the mean of what became of them and of other weights, as a rule those that they began
-with. On a CPU the later stages by themselves made many pages read worse; the mean read them about as
-well as before or better on qwen2-vl, and better on llava-next. The stage "many", on a GPU, needed no
-mean. What went before "tiles" ran with smaller ones (figures, and the order of it all:
+with. On a CPU the later stages by themselves made many pages read worse; the mean read them about
+as well as before or better on qwen2-vl, and better on llava-next. The stage "many", on a GPU,
+needed no mean. What went before "tiles" ran with smaller ones (figures, and the order of it all:
 tiny/README.md).
 
 With --fonts a share of the pages, Stage.in_fonts, is drawn in other fonts than Pillow's built-in
 one.
 
-Pages for a step of stage "many", 64 of them, take one core half a second to render (AMD EPYC). An H100
-that trained both layouts at a time, llava-next with tiles of 128 x 128, took 0.18 seconds a step,
-each with --workers 7.
+Pages for a step of stage "many", 64 of them, take one core half a second to render (AMD EPYC). An
+H100 that trained both layouts at a time, llava-next with tiles of 128 x 128, took 0.18 seconds a
+step, each with --workers 7.
 
 In language steps several conversations share a page, which is computed once for all of them.
 
@@ -126,7 +126,7 @@ class Stage:
     in_fonts: float = 0.5       # share of pages that are drawn in --fonts, if there are any
     conversations: int = 5      # about a page, at most
     batch_pixels: float = math.inf      # at most: a batch has fewer large pages
-    shapes_alone: float = 0.0   # share of batches of nothing but shapes, besides those of `kinds`
+    shapes_alone: float = 0.0   # share of batches of nothing but pages with shapes, not of `kinds`
 
 
 SMALL_KINDS = ("lines", "lines", "form")
@@ -717,13 +717,13 @@ def padded(rows, filling, count, length):
 
 
 def draw_pages(stage, rng, fonts=()):
-    """The pages of a batch, all of one size, and whether they are of the stage's kinds.
+    """The pages of a batch, all of one size, and whether only their shapes are asked for.
 
-    Else they show shapes, about which there is one question a page: beside pages with many, rows of
-    theirs would be mostly padding. A batch of nothing else has room for more pages."""
+    That is one question a page: beside pages with many, its row would be mostly padding. A batch of
+    nothing else has room for twice as many pages."""
     size = rng.choice(stage.sizes)
-    alone = stage.shapes_alone > 0 and rng.random() < stage.shapes_alone
-    kinds, room = (("shapes",), 2) if alone else (stage.kinds, 1)
+    only_shapes = stage.shapes_alone > 0 and rng.random() < stage.shapes_alone
+    kinds, room = (("shapes",), 2) if only_shapes else (stage.kinds, 1)
     count = max(1, min(room * stage.batch, room * stage.batch_pixels // math.prod(size)))
 
     def draw():
@@ -731,7 +731,7 @@ def draw_pages(stage, rng, fonts=()):
         return render_page(rng, rng.choice(kinds), *size, max_rows=stage.max_rows,
                            wear=stage.wear, fonts=fonts if others else (None,))
 
-    return [draw() for _ in range(count)], not alone
+    return [draw() for _ in range(count)], only_shapes
 
 
 def make_batch(layout, stage, rng, fonts=(), teacher=None):
@@ -745,10 +745,10 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
     With a teacher's layout vision steps also have what the teacher's vision tower takes, and for
     each of the model's own image tokens the number of the teacher's that shows the same cell, below
     0 for none."""
-    drawn, with_text = draw_pages(stage, rng, fonts)
+    drawn, only_shapes = draw_pages(stage, rng, fonts)
     pages = [enlarged(page, layout.zoom) for page in drawn]
     width, height = pages[0].image.size
-    transcribe = with_text and rng.random() < stage.transcripts     # all, so that rows are alike long
+    transcribe = not only_shapes and rng.random() < stage.transcripts   # all: rows are alike long
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(width, height)
     count = max(map(len, said))
@@ -829,7 +829,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 
 
 def fused_attention(query, key, value, causal):
-    """What BlockByBlock computes, in one kernel, which on a GPU never writes the scores to memory."""
+    """What BlockByBlock computes, in one kernel, which on a GPU never writes scores to memory."""
     mask = causal_lower_right(query.shape[-2], key.shape[-2]) if causal else None
     flat = (x.flatten(0, -4) for x in (query, key, value))             # the kernel takes four axes
     return F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=1.0).view(query.shape)
