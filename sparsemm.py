@@ -339,7 +339,7 @@ def main(argv=None):
             for question in args.prompt:
                 results.append(conversation.ask(question, show))
                 if not args.json:
-                    print()
+                    print(flush=True)
                 print(report(results[-1], model), file=sys.stderr)
             if args.json:
                 print(json.dumps(results[0] if len(results) == 1 else {"runs": results}))

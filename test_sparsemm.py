@@ -1987,6 +1987,15 @@ def test_command_answers(capfd):
     assert "evicted" in err and "ms per token" in err
 
 
+def test_the_whole_answer_is_out_before_the_report(capfd, monkeypatch):
+    """Also where both go into one file, for which stdout is buffered."""
+    out, sample = io.BytesIO(), SAMPLES[0]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
+    monkeypatch.setattr(sparsemm, "report", lambda result, model: out.getvalue().decode())
+    _, err = run(capfd, "--image", HERE / "tiny" / sample["image"], "--prompt", sample["prompt"])
+    assert err == sample["answer"] + "\n\n"
+
+
 RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "image_tokens", "method", "budget", "kept",
                "cache_bytes", "full_cache_bytes", "prefill_seconds", "decode_seconds",
                "new_tokens"}

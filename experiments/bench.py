@@ -384,7 +384,7 @@ def scoring_table(results):
 
 
 def at_their_best(results):
-    """For each model and each kind of pages the speed of both procedures, whatever the dtype."""
+    """A line for each model and kind of pages: the ratio of both speeds, each in its best dtype."""
     lines = []
     for model in dict.fromkeys(result["model"] for result in results):
         of_model = [result["rows"] for result in results if result["model"] == model]

@@ -748,7 +748,7 @@ def make_batch(layout, stage, rng, fonts=(), teacher=None):
     drawn, only_shapes = draw_pages(stage, rng, fonts)
     pages = [enlarged(page, layout.zoom) for page in drawn]
     width, height = pages[0].image.size
-    transcribe = not only_shapes and rng.random() < stage.transcripts   # all: rows are alike long
+    transcribe = not only_shapes and rng.random() < stage.transcripts       # all or none
     said = [conversations(stage, rng, page, transcribe) for page in pages]
     prefix = [IM_START] + layout.image_ids(width, height)
     count = max(map(len, said))
