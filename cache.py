@@ -9,26 +9,30 @@ as in SnapKV (arXiv 2404.14469).
         looks at the image          ###===++++++++++++++++++++++++++++++++++++++++
         does not                    ###===+
 
-    the cache of one layer          what was selected from the prompt is packed once and never
-                                    moves again; a tail takes one entry per head and step
+    the cache of one layer          one tensor of keys and one of values, head after head, each
+                                    head's entries in order of position, with room behind them
 
-        head 0  [ selected n_0      ]     [ window w | generated ... | reserved ]
-        head 1  [ n_1 ]                   [ window w | generated ... | reserved ]
-        head 2  [ selected n_2          ] [ window w | generated ... | reserved ]
-                 packed (sum n_g, D)       tail (G, w + reserve, D)
+        [ head 0: selected, window, generated | room ][ head 1: selected, window, generated | room ]
 
-Letters: L layers, H query heads, G KV heads, T prompt length, D head size, w window, N = L*G, b
-budget per KV head, B = N*b in all. A method is data: budgets (L, G) and a score to rank the
-positions of a head by. Run this file to see the three parts drawn for some heads:
+Letters: L layers, H query heads, G KV heads, R = H/G query heads of a group, T prompt length, D
+head size, w window, N = L*G, b budget per KV head, B = N*b in all. Two kinds of scores: head scores
+(L, H) say how much a head looks at the image, position scores (G, T-w) how much a prompt's position
+is looked at. A method is data: budgets (L, G), and position scores to select by. Run this file to
+see the three parts drawn for some heads:
 
     python cache.py [--scores FILE] [--kv-heads G] [--budget 256] [--length 600]
 """
 
+import argparse
+import io
 import json
 import math
+import os
 import re
+import stat
+import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -37,20 +41,21 @@ import torch.nn.functional as F
 
 METHODS = ("full", "sparsemm", "snapkv", "pyramidkv", "adakv", "random", "shuffled", "window",
            "streaming")
-NEEDS_SCORES = ("sparsemm", "shuffled")
+NEEDS_HEAD_SCORES = ("sparsemm", "shuffled")
+ROOM = 64                          # entries, behind those of each head, for tokens to come
 
 
 # ---- the budget: window, uniform, score ----------------------------------------------------------
 
-def allocate_budgets(scores, budget, length, window=32, rho=0.1, redistribute=True):
+def allocate_budgets(head_scores, budget, length, window=32, rho=0.1, redistribute=True):
     """The three-part budget of every KV head ("Three-Component KV-Cache Allocation"):
 
         r = rho * (B - N*w) / N
         b[l,g] = w + r + (B - N*w - N*r) * s[l,g] / sum(s)
 
-    scores: (L, G), finite, >= 0, not all zero; budget: b, entries per KV head on average; length:
-    prompt length T, an int or one per layer (L,). No head can hold more than T entries: what it
-    cannot hold goes to the others in proportion to their scores, so that the sum is exactly
+    head_scores: s (L, G), finite, >= 0, not all zero; budget: b, entries per KV head on average;
+    length: prompt length T, an int or one per layer (L,). No head can hold more than T entries:
+    what it cannot hold goes to the others in proportion to their scores, so that the sum is exactly
     min(B, sum of T). With redistribute=False it is lost. Returns (L, G) int64. Raises ValueError
     for bad arguments.
 
@@ -58,7 +63,7 @@ def allocate_budgets(scores, budget, length, window=32, rho=0.1, redistribute=Tr
     and 2,900 tokens, 58 % of the budget at b = 2048. It also rounds each head by itself, so that
     the total drifts.
     """
-    s, caps = check_allocation(scores, budget, length, window, rho)
+    s, caps = check_allocation(head_scores, budget, length, window, rho)
     N = s.numel()
     B = N * budget
     r = rho * (B - N * window) / N
@@ -70,16 +75,16 @@ def allocate_budgets(scores, budget, length, window=32, rho=0.1, redistribute=Tr
     return round_to_total(pour_surplus(b, caps, s), B)
 
 
-def check_allocation(scores, budget, length, window, rho):
+def check_allocation(head_scores, budget, length, window, rho):
     """Checks the arguments of allocate_budgets. Returns s (L, G) float64, and T (L, G) int64."""
     check_settings(budget, window, rho)
-    s = torch.as_tensor(scores, dtype=torch.float64)
+    s = torch.as_tensor(head_scores, dtype=torch.float64)
     if s.dim() != 2 or not torch.isfinite(s).all() or (s < 0).any() or s.sum() <= 0:
-        raise ValueError("scores must be (layers, KV heads), finite, >= 0 and not all zero")
+        raise ValueError("head scores must be (layers, KV heads), finite, >= 0 and not all zero")
     T = torch.as_tensor(length, dtype=torch.int64).reshape(-1, 1)
     if T.numel() not in (1, s.shape[0]) or (T < 1).any():
         raise ValueError(f"length must be one integer >= 1 or {s.shape[0]} of them, not {length}")
-    return s, T.expand_as(s).clone()
+    return s / s.max(), T.expand_as(s).clone()                  # so that no sum of them overflows
 
 
 def check_settings(budget, window, rho):
@@ -102,9 +107,8 @@ def pour_surplus(b, caps, s):
         full |= over
         b = torch.where(full, caps.double(), b)
         weight = torch.where(full, 0.0, s)
-        if weight.sum() == 0:
-            weight = (~full).double()
-        b += surplus * weight / weight.sum().clamp(min=1e-300)
+        weight = weight / weight.max() if weight.any() else (~full).double()
+        b += surplus * weight / weight.sum()
     return b
 
 
@@ -121,6 +125,271 @@ def round_to_total(b, total):
     return rounded.view(b.shape)
 
 
+def kv_head_scores(head_scores, G):
+    """Query-head scores (L, H) -> (L, G) float64: a KV head has the sum over its query heads, since
+    one cache serves them all, and a group in which two heads look needs no less than one head."""
+    L, H = head_scores.shape
+    return torch.as_tensor(head_scores, dtype=torch.float64).view(L, G, H // G).sum(-1)
+
+
+# ---- which entries: SnapKV's observation window --------------------------------------------------
+
+def observed_attention(q, k, window=32, kernel=5):
+    """Position scores: how much the last w queries of the prompt look at each earlier position
+    (SnapKV, section 4):
+
+        A = softmax(Q[-w:] K^T / sqrt(D))      causal, float32, over all T keys
+        a[g] = mean of A over the w queries and the R query heads of KV head g, then averaged over
+               `kernel` neighbouring positions (zeros beyond both ends count)
+
+    q: (H, T, D), or only its last w rows; k: (G, T, D), both after RoPE. Returns (G, T-w) float32.
+    O(T*w), not O(T^2). Heads count by their sum in kv_head_scores, but by their mean here: only the
+    order of a head's own positions matters, and all of a group are in one softmax scale.
+
+    NOTE(official): there these scores are half precision, in which chance decides among many ties.
+    """
+    (G, T, D), R = k.shape, len(q) // len(k)
+    w = min(window, T)
+    future = torch.ones(w, T, dtype=torch.bool, device=q.device).triu(T - w + 1)
+    a = torch.empty(G, T - w, dtype=torch.float32, device=q.device)
+    for g in range(G):
+        Q, K = q[g * R:(g + 1) * R, -w:].float(), k[g].float()                 # (R, w, D), (T, D)
+        A = (Q @ K.T / math.sqrt(D)).masked_fill_(future, -math.inf).softmax(-1)       # (R, w, T)
+        a[g] = A[:, :, :T - w].mean((0, 1))
+    if T == w:
+        return a
+    return F.avg_pool1d(a[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]  # (G,1,n)->(G,n)
+
+
+def select_entries(position_scores, budgets, T):
+    """Which positions each head keeps, (G, T) bool: of the first T - w its best ones by
+    position_scores (G, T-w), and the last w, which every head keeps; budgets[g] in all, (G,).
+    Of equal scores the lower position wins."""
+    G, n = position_scores.shape
+    order = position_scores.argsort(dim=1, descending=True, stable=True)
+    places = order.argsort(dim=1)                           # of each position in that order, from 0
+    best = places < (budgets.to(places.device) - (T - n))[:, None]
+    return F.pad(best, (0, T - n), value=True)
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+class KVCache:
+    """cache[l][g] = keys, values, (n, D) each: what KV head g of layer l holds, by position.
+
+    A layer is compressed as soon as its prefill attention is done, so that no more than one layer's
+    full keys and values exist at a time; to compress later would select the same entries.
+
+    NOTE(paper): keys are kept as RoPE turned them and positions are never renumbered: a query still
+    sees every entry at the distance at which the model was trained to see it. Decoding appends one
+    entry to every head and evicts nothing.
+    """
+
+    def __init__(self, method, window=32):
+        """method: a Method; window: w, which every head keeps."""
+        self.method, self.window = method, window
+        self.keys, self.values = [], []     # per layer (rows, D): head after head, room behind each
+        self.kept = []                      # per layer G ints: entries of the prompt in each head
+        self.appended, self.room = 0, ROOM  # of all heads: entries after the prompt, and room
+        self.newest = None                  # (L, G): the row of every head's newest entry
+
+    def compress(self, layer, q, k, v):
+        """Keeps what the method selects of a layer's prompt. q: (H, T, D), k: (G, T, D), after
+        RoPE; v: (G, T, D). Layers come in order."""
+        T = k.shape[1]
+        a = self.method.position_scores(q, k, self.window)                               # (G, T-w)
+        keep = select_entries(a, self.method.budgets(layer, a), T)                         # (G, T)
+        self.kept.append(keep.sum(1).tolist())
+        heads, rows = F.pad(keep, (0, self.room), value=True).nonzero(as_tuple=True)
+        rows = rows.clamp(max=T - 1)                         # any finite numbers fill the room
+        self.keys.append(k[heads, rows])
+        self.values.append(v[heads, rows])
+
+    def __getitem__(self, layer):
+        """G pairs of views: keys, values, (n, D) each."""
+        n, free = self.appended, self.room - self.appended
+        sizes = [size for kept in self.kept[layer] for size in (kept + n, free)]
+        return list(zip(self.keys[layer].split(sizes)[::2], self.values[layer].split(sizes)[::2]))
+
+    def starts(self, layer):
+        """The rows of a layer's tensors at which its G heads start."""
+        sizes = [kept + self.room for kept in self.kept[layer]]
+        return [sum(sizes[:g]) for g in range(len(sizes))]
+
+    def extend(self):
+        """Before each decoding step: one entry more for every head, which `append` then fills layer
+        by layer. Returns whether the tensors had to be moved to make room for it."""
+        moved = self.appended == self.room
+        if moved:
+            self.grow(self.room)
+        self.appended += 1
+        if self.newest is None:
+            ends = [[start + n for start, n in zip(self.starts(l), kept)]
+                    for l, kept in enumerate(self.kept)]
+            self.newest = torch.tensor(ends, device=self.keys[0].device) + self.appended - 1
+        else:
+            self.newest += 1
+        return moved
+
+    def append(self, layer, k, v):
+        """Writes the newest entry of every head of a layer. k, v: (G, 1, D). Nothing else moves.
+
+        NOTE(official): there a CUDA kernel copies the layer's whole cache for every token."""
+        self.keys[layer].index_copy_(0, self.newest[layer], k[:, 0])
+        self.values[layer].index_copy_(0, self.newest[layer], v[:, 0])
+
+    def grow(self, more):
+        """Moves all tensors to where each head has room for `more` further entries."""
+        for l, kept in enumerate(self.kept):
+            rows = torch.cat([F.pad(torch.arange(start, start + n + self.room), (0, more), value=0)
+                              for start, n in zip(self.starts(l), kept)]).to(self.keys[l].device)
+            self.keys[l], self.values[l] = self.keys[l][rows], self.values[l][rows]
+        self.room, self.newest = self.room + more, None
+
+    def held(self):
+        """How many entries every head holds now: L lists of G ints."""
+        return [[n + self.appended for n in kept] for kept in self.kept]
+
+    def held_bytes(self):
+        """Bytes of the entries held now, 2 * D * itemsize each."""
+        return sum(sum(held) * 2 * k.shape[1] * k.element_size()
+                   for held, k in zip(self.held(), self.keys))
+
+    def allocated_bytes(self):
+        """Bytes of the tensors, room included."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+
+def decode_attention(q, heads):
+    """One new token against what each head holds. q: (H, 1, D); heads: for each KV head (keys,
+    values), (n, D) each. Returns (H, 1, D).
+
+    Logits and softmax are float32 in every dtype: in bfloat16 a logit of 1,000, which key biases
+    make usual in Qwen2-VL, would be off by up to 4.
+    """
+    H, _, D = q.shape
+    out = []
+    for q_g, (K, V) in zip(q.view(len(heads), -1, D).float() / math.sqrt(D), heads):
+        p = (q_g @ K.float().T).softmax(-1)                                                # (R, n)
+        out.append(p.to(V.dtype) @ V)                                                      # (R, D)
+    return torch.cat(out)[:, None]
+
+
+# ---- for CUDA: the same in five kernels a layer, which nobody needs to understand the method -----
+
+class PackedAttention:
+    """The fast twin of decode_attention, equal up to rounding: a layer's tensors are read whole,
+    and what a query must not see, other heads' entries and free room, gets a logit of -inf, which
+    the softmax turns into a weight of exactly 0. Shapes stay the same from step to step, as a CUDA
+    graph needs it.
+
+    Where all heads hold equally many entries, one batched product serves them. Where not, every
+    query meets every entry of the layer: G times the multiplications, of which a GPU has plenty,
+    but each key and value is read once, and no long head keeps the others waiting.
+    """
+
+    def __init__(self, cache):
+        """cache: a KVCache after `extend`. The next `extend` that moves its tensors ends the use of
+        this."""
+        layers = [self.lay_out(cache, l) for l in range(len(cache.kept))]
+        sizes, device = [mask.numel() for mask, _ in layers], cache.keys[0].device
+        self.cache, self.mask = cache, torch.cat([mask.flatten() for mask, _ in layers]).to(device)
+        self.masks = [part.view(mask.shape)
+                      for part, (mask, _) in zip(self.mask.split(sizes), layers)]
+        self.newest = torch.cat([newest + sum(sizes[:l]) for l, (_, newest) in enumerate(layers)])
+        self.newest = self.newest.to(device)                  # in mask: every head's newest entry
+
+    @staticmethod
+    def lay_out(cache, layer):
+        """mask (G, n) float32: 0 where a query of group g may look, else -inf; n: the rows of the
+        layer, or of one of its heads if all are alike. newest (G,): where in it, flattened, the
+        newest entries are."""
+        kept, room, starts = cache.kept[layer], cache.room, torch.tensor(cache.starts(layer))
+        n = len(cache.keys[layer])
+        if len(set(kept)) == 1:
+            n, starts = kept[0] + room, torch.zeros_like(starts)
+        ends, column = starts + torch.tensor(kept) + cache.appended, torch.arange(n)
+        mine = (column >= starts[:, None]) & (column < ends[:, None])
+        return torch.where(mine, 0.0, -math.inf), torch.arange(len(kept)) * n + ends - 1
+
+    def extend(self):
+        """After the cache's: opens the newest entry of every head."""
+        self.newest += 1
+        self.mask.index_fill_(0, self.newest, 0.0)
+
+    def attend(self, layer, q, k, v):
+        """Appends k, v (G, 1, D), and attends. q: (H, 1, D). Returns (H, 1, D)."""
+        (H, _, D), mask = q.shape, self.masks[layer][:, None]                           # (G, 1, n)
+        G, _, n = mask.shape
+        self.cache.append(layer, k, v)
+        keys, values = (x[layer].view(-1, n, D) for x in (self.cache.keys, self.cache.values))
+        batches = len(keys)                                      # G if all heads are alike, else 1
+        logits = float32_product(q.view(batches, -1, D), keys.transpose(1, 2)).view(G, -1, n)
+        p = torch.add(mask, logits, alpha=1 / math.sqrt(D)).softmax(-1).to(v.dtype)     # (G, R, n)
+        return (p.view(batches, -1, n) @ values).view(H, 1, D)
+
+
+def float32_product(a, b):
+    """a @ b, added up and kept in float32: (B, m, D) x (B, D, n). A CPU has no such kernel."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+# ---- the methods: sparsemm, and what it is compared with -----------------------------------------
+
+@dataclass
+class Method:
+    """A method is two functions, not a forward pass."""
+    budgets: Callable           # (layer, position scores (G, T-w)) -> (G,) entries, window included
+    position_scores: Callable   # (q (H, T, D), k (G, T, D), window) -> (G, T-w) to select by
+
+
+def make_method(name, L, G, length, budget=256, window=32, rho=0.1, redistribute=True,
+                head_scores=None, seed=0):
+    """The Method `name` for one prompt of `length` tokens.
+
+    length: an int, or one per layer (L,); head_scores: of the query heads (L, H); only sparsemm and
+    shuffled need them. All methods spend the same total, and a prompt that fits the budget is kept
+    whole by every one. Raises ValueError for bad arguments.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    check_settings(budget, window, rho)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
+    if name in NEEDS_HEAD_SCORES and head_scores is None:
+        raise ValueError(f"method {name} needs visual head scores")
+    T = torch.as_tensor(length).expand(L)
+    if name == "full" or T.max() <= max(budget, window):
+        return Method(lambda layer, a: T[layer].expand(G), recency)
+    if name == "adakv":
+        return Method(lambda layer, a: adakv_budgets(a, budget, window), observed_attention)
+    if name in ("sparsemm", "shuffled", "random"):
+        s = shared_out_by(name, L, G, head_scores, seed)
+        table = allocate_budgets(s, budget, length, window, rho, redistribute)
+    elif name == "pyramidkv":
+        table = pyramid_budgets(L, budget, T.max().item(), window)[:, None].expand(L, G)
+    else:                                                               # snapkv, window, streaming
+        table = torch.full((L, G), budget)
+    by_position = {"window": recency, "streaming": partial(recency, first=4)}
+    return Method(lambda layer, a: table[layer], by_position.get(name, observed_attention))
+
+
+def shared_out_by(name, L, G, head_scores, seed):
+    """The scores (L, G) float64 that share out the budget: the visual ones (sparsemm), or those of
+    a control, drawn once with the seed. `random` has other numbers, `shuffled` the visual ones in
+    other places, which is the fairer: it is as concentrated.
+
+    NOTE(official): its random control draws anew in every layer. NOTE(paper): `shuffled` is ours.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if name == "random":
+        return torch.rand(L, G, generator=generator, dtype=torch.float64)
+    visual = kv_head_scores(head_scores, G)
+    if name == "shuffled":
+        return visual.flatten()[torch.randperm(L * G, generator=generator)].view(L, G)
+    return visual
+
+
 def pyramid_budgets(L, budget, length, window):
     """PyramidKV (arXiv 2406.02069): beyond the window, linear in the layer from n_max down to
     n_min = n // 20 with mean n = budget - window; n_max is clipped at the prompt and n_min raised
@@ -135,161 +404,45 @@ def pyramid_budgets(L, budget, length, window):
     return window + round_to_total(n + (n_max - n) * slope.double(), n * L)
 
 
-def adakv_budgets(observation, budget, window, uniform=0.2):
+def adakv_budgets(position_scores, budget, window, uniform=0.2):
     """AdaKV (arXiv 2407.11550) within one layer: all heads' entries are ranked together, and a head
     gets as many as it has among the best G*n, n = budget - window, mixed with a uniform share.
 
-    observation: (G, T - w) scores of the positions. Before ranking, those of a head are weighted
-    by the share of their mass that its best n hold. Returns (G,) int64 with sum G*budget.
+    position_scores: (G, T - w). Before ranking, those of a head are weighted by the share of their
+    mass that its best n hold. Returns (G,) int64 with sum G*budget.
     """
-    G, positions = observation.shape
+    a, (G, positions) = position_scores, position_scores.shape
     n = min(budget - window, positions)
-    held = observation.topk(n, dim=1).values.sum(1) / observation.sum(1).clamp(min=1e-30)
-    ranked = (observation * held[:, None]).flatten().argsort(descending=True, stable=True)
+    held = a.topk(n, dim=1).values.sum(1) / a.sum(1).clamp(min=1e-30)
+    ranked = (a * held[:, None]).flatten().argsort(descending=True, stable=True)
     count = torch.bincount(ranked[:G * n] // positions, minlength=G).double().cpu()
     return window + round_to_total((1 - uniform) * count + uniform * n, G * n)
 
 
-# ---- which entries: SnapKV's observation window --------------------------------------------------
-
-def observation_scores(q, k, window=32, kernel=5):
-    """How much the last w queries of the prompt look at each earlier position (SnapKV, section 4):
-
-        A = softmax(Q[-w:] K^T / sqrt(D))      causal, float32, over all T keys
-        a[g] = mean of A over the w queries and the R = H/G query heads of KV head g, then
-               averaged over `kernel` neighbouring positions (zeros beyond both ends count)
-
-    q: (H, T, D), or only its last w rows; k: (G, T, D), both after RoPE. Returns (G, T - w)
-    float32. O(T*w), not O(T^2).
-
-    NOTE(official): there the scores are half precision, in which chance decides among many ties.
-    """
-    (G, T, D), H = k.shape, q.shape[0]
-    w = min(window, T)
-    future = torch.ones(w, T, dtype=torch.bool, device=q.device).triu(T - w + 1)
-    a = torch.zeros(G, T - w, dtype=torch.float32, device=q.device)
-    for g in range(G):
-        keys = k[g].float()
-        for h in range(g * H // G, (g + 1) * H // G):
-            logits = q[h, -w:].float() @ keys.T / math.sqrt(D)                           # (w, T)
-            A = logits.masked_fill(future, -math.inf).softmax(-1)
-            a[g] += A[:, :T - w].mean(0) / (H // G)
-    if T == w:
-        return a
-    return F.avg_pool1d(a[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]  # (G,1,n)->(G,n)
-
-
-def recency_scores(q, k, window=32, first=0):
-    """Scores by position alone, (G, T - w): the later the better; the `first` ones best of all
-    (attention sinks, StreamingLLM, arXiv 2309.17453)."""
+def recency(q, k, window=32, first=0):
+    """Position scores (G, T-w) by position alone: the later the better; the `first` ones best of
+    all (attention sinks, StreamingLLM, arXiv 2309.17453)."""
     G, T, _ = k.shape
-    scores = torch.arange(max(0, T - window), dtype=torch.float32, device=k.device)
-    scores[:first] = math.inf
-    return scores.expand(G, -1)
+    a = torch.arange(max(0, T - window), dtype=torch.float32, device=k.device)
+    a[:first] = math.inf
+    return a.expand(G, -1)
 
 
-def fastv_survivors(q, k, image, keep):
-    """FastV (Chen et al. 2024, arXiv 2403.06764): of the image tokens only the share `keep` goes on
-    to the next layer, those at which the last query looks most, on average over the heads.
+# ---- score files ---------------------------------------------------------------------------------
 
-    q: (H, T, D), k: (G, T, D), after RoPE; image: (T,) bool. Returns positions (T',), ascending."""
-    last = q[:, -1].unflatten(0, (len(k), -1)).float() / math.sqrt(q.shape[-1])     # (G, H/G, D)
-    looked_at = (last @ k.float().transpose(1, 2)).softmax(-1).mean((0, 1))                # (T,)
-    looked_at[~image] = math.inf
-    return select_entries(looked_at, fastv_length(image, keep))
-
-
-def fastv_length(image, keep):
-    """T' of fastv_survivors."""
-    return int((~image).sum()) + round(keep * int(image.sum()))
-
-
-def select_entries(scores, n):
-    """The positions one head keeps of the first T - w: the n best by scores (T - w,), ascending,
-    int64. Of equal scores the lower position wins."""
-    return scores.argsort(descending=True, stable=True)[:n].sort().values
-
-
-# ---- the methods ---------------------------------------------------------------------------------
-
-@dataclass
-class Method:
-    """A method is two functions, not a forward pass."""
-    budgets: Callable       # (layer, scores (G, T-w)) -> (G,) entries to keep, the window included
-    rank: Callable          # (q (H, T, D), k (G, T, D), window) -> scores (G, T-w) to select by
-
-
-def make_method(name, L, G, length, budget=256, window=32, rho=0.1, redistribute=True, scores=None,
-                seed=0):
-    """The Method `name` for one prompt of `length` tokens.
-
-    length: an int, or one per layer (L,); scores: visual scores of the query heads (L, H); only
-    sparsemm and shuffled need them. All methods spend the same total, and a prompt that fits the
-    budget is kept whole by every one. Raises ValueError for bad arguments.
-    """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
-    check_settings(budget, window, rho)
-    if name in NEEDS_SCORES and scores is None:
-        raise ValueError(f"method {name} needs visual head scores")
-    T = torch.as_tensor(length).expand(L)
-    if name == "full" or T.max() <= max(budget, window):
-        return Method(lambda layer, a: T[layer].expand(G), recency_scores)
-    if name == "adakv":
-        return Method(lambda layer, a: adakv_budgets(a, budget, window), observation_scores)
-    if name in ("sparsemm", "shuffled", "random"):
-        weights = head_weights(name, L, G, scores, seed)
-        table = allocate_budgets(weights, budget, length, window, rho, redistribute)
-    elif name == "pyramidkv":
-        table = pyramid_budgets(L, budget, T.max().item(), window)[:, None].expand(L, G)
-    else:                                                               # snapkv, window, streaming
-        table = torch.full((L, G), budget)
-    by_position = {"window": recency_scores, "streaming": partial(recency_scores, first=4)}
-    return Method(lambda layer, a: table[layer], by_position.get(name, observation_scores))
-
-
-def head_weights(name, L, G, scores, seed):
-    """The weights (L, G) float64 that share out the budget: the visual scores (sparsemm), or a
-    control drawn once with the seed.
-
-    NOTE(official): its random control draws anew in every layer. NOTE(paper): `shuffled` is ours;
-    it is as concentrated as the visual scores and differs from them only in place.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if name == "random":
-        return torch.rand(L, G, generator=generator, dtype=torch.float64)
-    visual = kv_head_scores(scores, G)
-    if name == "shuffled":
-        return visual.flatten()[torch.randperm(L * G, generator=generator)].view(L, G)
-    return visual
-
-
-def kv_head_scores(scores, G):
-    """Query-head scores (L, H) -> (L, G) float64: a KV head has the sum over its query heads."""
-    L, H = scores.shape
-    return torch.as_tensor(scores, dtype=torch.float64).view(L, G, H // G).sum(-1)
-
-
-def read_head_scores(path, L, H):
+def read_head_scores(path, L=None, H=None):
     """Reads visual scores in the authors' format, {"layer-head": [numbers]}, one list for each
-    query head: the mean of each list, then the sum set to 1. Returns (L, H) float64.
+    query head: the mean of each list, then the sum set to 1. L, H: the model's layers and heads;
+    None: as many as the file names. Returns (L, H) float64.
 
     Raises ValueError, in one line that names the file, unless every head is there once, with a
     non-empty list of finite numbers >= 0, not all of them zero.
     """
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"scores {path}: a key occurs twice")
-        return dict(pairs)
-
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise ValueError(f"scores {path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError(f"scores {path}: not JSON") from None
-    if not isinstance(table, dict):
+    table = read_json(path, "scores")
+    if not isinstance(table, dict) or not all(re.fullmatch(r"\d{1,4}-\d{1,4}", k) for k in table):
         raise ValueError(f'scores {path}: not an object {{"layer-head": [numbers]}}')
+    if L is None:
+        L, H = (1 + max(map(int, n)) for n in zip((0, 0), *(key.split("-") for key in table)))
     expected = [f"{l}-{h}" for l in range(L) for h in range(H)]
     if wrong := sorted(table.keys() - set(expected)):
         raise ValueError(f"scores {path}: {wrong[0]!r} is none of the {L} layers x {H} heads")
@@ -309,183 +462,125 @@ def is_score(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
 
 
-# ---- the cache -----------------------------------------------------------------------------------
+# ---- what all scripts read, say and refuse -------------------------------------------------------
 
-class LayerCache:
-    """One layer: per KV head the selected prompt entries, packed, and a tail of the others."""
+def read_json(path, what, limit=2**30):
+    """The content of a JSON file, with or without a byte order mark. Raises ValueError, in one line
+    that begins with `what` it is, for anything but a regular file of at most `limit` bytes, for
+    what is not JSON, and for an object with a key that occurs twice."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
 
-    def __init__(self, k, v, selected, w, reserve):
-        """k, v: (G, T, D) of the whole prompt; selected: per head the kept positions of the first
-        T - w; w: how many of the last every head keeps; reserve: columns for tokens to come."""
-        G, T, D = k.shape
-        self.lengths = [len(p) for p in selected]
-        rows = torch.cat([p.to(k.device) + g * T for g, p in enumerate(selected)])
-        self.packed_k = k.reshape(G * T, D)[rows]                                    # (sum n_g, D)
-        self.packed_v = v.reshape(G * T, D)[rows]
-        self.foreign = None                    # (G, 1, sum n_g): is the entry another head's?
-        if len(set(self.lengths)) > 1:
-            owner = torch.arange(G).repeat_interleave(torch.tensor(self.lengths)).to(k.device)
-            self.foreign = (owner != torch.arange(G, device=k.device)[:, None])[:, None]
-        self.tail_k, self.tail_v = (x.new_zeros(G, w + reserve, D) for x in (k, v))
-        self.tail_length = 0
-        self.append(k[:, T - w:], v[:, T - w:])
-
-    def append(self, k, v, column=None):
-        """Adds n entries to every head, from the first free column of the tail on. k, v: (G, n, D).
-        Moves nothing that is there. column (1,): the device's own copy of that column's number.
-
-        NOTE(official): there a CUDA kernel copies the layer's whole cache for every token."""
-        start, end = self.tail_length, self.tail_length + k.shape[1]
-        if end > self.tail_k.shape[1]:
-            raise ValueError(f"the cache has no room for {end} recent entries; raise reserve")
-        if column is None:
-            self.tail_k[:, start:end], self.tail_v[:, start:end] = k, v
-        else:
-            self.tail_k.index_copy_(1, column, k), self.tail_v.index_copy_(1, column, v)
-        self.tail_length = end
-
-    def heads(self):
-        """Per KV head four views: [selected keys, recent keys, selected values, recent values],
-        (n, D) each."""
-        t, packed_k, packed_v = self.tail_length, self.packed_k, self.packed_v
-        return [[head_k, self.tail_k[g, :t], head_v, self.tail_v[g, :t]] for g, (head_k, head_v)
-                in enumerate(zip(packed_k.split(self.lengths), packed_v.split(self.lengths)))]
-
-    def attend(self, q, column=None):
-        """What model_llava.decode_attention computes head by head, in a handful of products; equal
-        up to rounding. q: (H, 1, D). Returns (H, 1, D).
-
-        The tail is a rectangle, so one batched product serves all heads. So is the packed part if
-        all heads hold equally many. If not, every query meets every packed key, and what is foreign
-        to its head is masked: G times the multiplications, but each key and value is read once,
-        nothing is padded and no long head keeps the others waiting.
-
-        With `column`, where the newest entry stands, shapes stay the same from step to step, as a
-        CUDA graph needs it: the whole tail is read, and its free columns are masked.
-        """
-        (H, _, D), G = q.shape, len(self.lengths)
-        q = q.view(G, H // G, D) / math.sqrt(D)
-        used = slice(self.tail_length if column is None else None)
-        recent = q @ self.tail_k[:, used].transpose(1, 2)                          # (G, H/G, tail)
-        if column is not None:
-            columns = torch.arange(recent.shape[-1], device=q.device)
-            recent = recent.masked_fill(columns > column, -torch.inf)
-        if self.foreign is None:
-            selected = q @ self.packed_k.view(G, -1, D).transpose(1, 2)             # (G, H/G, n_g)
-        else:
-            selected = (q.reshape(H, D) @ self.packed_k.T).view(G, H // G, -1)  # (G, H/G, sum n_g)
-            selected = selected.masked_fill(self.foreign, -torch.inf)
-        p = torch.cat([selected, recent], dim=-1).float().softmax(-1).to(q.dtype)
-        selected, recent = p.split([selected.shape[-1], recent.shape[-1]], dim=-1)
-        if self.foreign is None:
-            out = selected @ self.packed_v.view(G, -1, D)
-        else:
-            out = (selected.reshape(H, -1) @ self.packed_v).view(G, H // G, D)
-        return (out + recent @ self.tail_v[:, used]).view(H, 1, D)
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > limit:
+            raise OSError(0, f"not a regular file of at most {limit:,} bytes")
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ValueError(f"{what} {path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path}: not JSON ({error})") from None
 
 
-class KVCache:
-    """cache[l][g]: the tensors that head g of layer l holds, as LayerCache.heads gives them.
+def inside(folder, name):
+    """The file `name` of a folder, as another file calls it. Raises ValueError if it lies
+    elsewhere. (The hub's snapshots are links to files beside them.)"""
+    path, home = Path(folder) / name, Path(os.path.realpath(folder))
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    if not Path(os.path.realpath(path)).is_relative_to(home):
+        raise ValueError(f"{name} leads out of the folder {folder}")
+    return path
 
-    A layer is compressed as soon as its prefill attention is done, so that no more than one layer's
-    full keys and values exist at a time.
 
-    NOTE(paper): keys are kept as RoPE turned them and positions are never renumbered; decoding
-    appends one entry to every head and evicts nothing.
-    """
+@lru_cache
+def note(text):
+    """Says, once, on stderr what is no error, but may not be what was meant."""
+    print(f"note: {' '.join(text.split())}", file=sys.stderr)
 
-    def __init__(self, method, window=32, reserve=0, by_head=False):
-        """method: a Method; reserve: how many tokens will be appended at most; by_head: prefill
-        and decode with the explicit loops over heads, the definition, not with their fast twins."""
-        self.method, self.window, self.reserve, self.by_head = method, window, reserve, by_head
-        self.column = None                    # see fix_shapes
-        self.layers = []
 
-    def __getitem__(self, layer):
-        return self.layers[layer].heads()
+class OneLineParser(argparse.ArgumentParser):
+    """Bad input gets exactly one line and exit status 2."""
 
-    def __len__(self):
-        return len(self.layers)
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
-    def compress(self, layer, q, k, v):
-        """Keeps what the method selects of a layer's prompt. q: (H, T, D), k: (G, T, D), after
-        RoPE; v: (G, T, D). Layers come in order."""
-        assert layer == len(self)
-        scores = self.method.rank(q, k, self.window)                                     # (G, T-w)
-        w = k.shape[1] - scores.shape[1]
-        budgets = self.method.budgets(layer, scores).tolist()
-        selected = [select_entries(s, n - w) for s, n in zip(scores, budgets)]
-        self.layers.append(LayerCache(k, v, selected, w, self.reserve))
-
-    def append(self, layer, k, v):
-        """Adds the entry of one new token to every head of a layer. k, v: (G, 1, D)."""
-        self.layers[layer].append(k, v, self.column)
-
-    def attend(self, layer, q):
-        """Attention of one new token over what a layer holds. q: (H, 1, D). Returns (H, 1, D)."""
-        return self.layers[layer].attend(q, self.column)
-
-    def make_room(self, n):
-        """Reserves columns for n further tokens, which copies the tail."""
-        self.column = None
-        for layer in self.layers:
-            layer.tail_k, layer.tail_v = (F.pad(tail[:, :layer.tail_length], (0, 0, 0, n))
-                                          for tail in (layer.tail_k, layer.tail_v))
-
-    @property
-    def kept(self):
-        """How many entries every head holds now: L lists of G ints."""
-        return [[n + layer.tail_length for n in layer.lengths] for layer in self.layers]
-
-    def fix_shapes(self):
-        """From now on each decoding step runs the same kernels over the same memory, so that a CUDA
-        graph can replay it. The column that it writes to is kept on the device, as `column`, which
-        the caller raises by one after each step."""
-        self.column = torch.tensor([self.tail_length], device=self.layers[0].tail_k.device)
-
-    @property
-    def tail_length(self):
-        """Entries in every head's tail: the window and the tokens appended since."""
-        return self.layers[0].tail_length
-
-    @tail_length.setter
-    def tail_length(self, length):
-        for layer in self.layers:
-            layer.tail_length = length
-
-    def num_bytes(self):
-        """Bytes of the entries held now, 2 * D * itemsize each; reserved columns do not count."""
-        return sum(t.numel() * t.element_size() for l in range(len(self)) for head in self[l]
-                   for t in head)
+    def run(self, work, argv=None):
+        """work(the parsed arguments). What ends a command takes one line: bad input, files that
+        cannot be read or written, too little memory, and Ctrl-C, with exit status 130. Characters
+        that the terminal cannot print are escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                work(self.parse_args(argv))
+            finally:
+                print(end="", flush=True)
+        except KeyboardInterrupt as stop:
+            self.exit(130, f"{self.prog}: {stop.args[0] if stop.args else 'stopped'}\n")
+        except OSError as error:
+            try:
+                print(end="", flush=True)
+            except OSError:                        # nobody reads on, or the disk is full: what is
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # left is dropped
+            if isinstance(error, BrokenPipeError):
+                self.exit(141)                                   # as of a command that SIGPIPE ends
+            self.error(error)
+        except (ValueError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+            self.error(str(error) or "too little memory")
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
+
+def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
+    """Text: the three parts of the budget of the best, some middle and the worst heads of s (L, G),
+    drawn to scale, but no part that is there without a mark."""
+    kept = allocate_budgets(s, budget, length, window, rho)
+    (L, G), N = kept.shape, kept.numel()
+    lines = [f"{L} layers x {G} KV heads, a prompt of {length} tokens, budget {budget} per head: "
+             f"{kept.sum():,} of {N * length:,} entries kept",
+             "  # window (last positions)    = uniform    + by visual score"]
+    order = s.flatten().argsort(descending=True, stable=True).tolist()
+    places = [*range(rows), *range(max(rows, N // 2), N // 2 + rows), *range(N - rows, N)]
+    before = -1
+    for place in sorted({p for p in places if 0 <= p < N}):
+        if place > before + 1:
+            lines.append("  ...")
+        before, i = place, order[place]
+        n = kept.flatten()[i].item()
+        w = min(window, n)
+        r = min(round(rho * (budget - window)), n - w)
+        bar = "".join(mark * max(part > 0, round(part * columns / kept.max().item()))
+                      for mark, part in (("#", w), ("=", r), ("+", n - w - r)))
+        lines.append(f"  layer {i // G:2d} head {i % G:2d}  score {s.flatten()[i]:6.2%}  {n:5d}  "
+                     f"{bar}")
+    return "\n".join(lines)
+
+
 def main(argv=None):
-    from experiments.arguments import OneLineParser, share, whole_number
-    from experiments.draw import draw_budgets
     tiny = Path(__file__).parent / "tiny" / "qwen2-vl" / "visual_head_scores.json"
     parser = OneLineParser(prog="cache.py",
                            description="Draw the three parts of some heads' budgets.")
     parser.add_argument("--scores", default=tiny, help="visual scores (default: tiny/qwen2-vl)")
-    parser.add_argument("--kv-heads", type=whole_number(1),
-                        help="default: 4 for tiny/, else all query heads")
-    parser.add_argument("--budget", type=whole_number(1), default=256)
-    parser.add_argument("--length", type=whole_number(1), default=600, help="prompt tokens")
-    parser.add_argument("--window", type=whole_number(1), default=32)
-    parser.add_argument("--rho", type=share, default=0.1)
-    args = parser.parse_args(argv)
-    try:
-        text = Path(args.scores).read_bytes() if Path(args.scores).is_file() else b""
-        keys = re.findall(rb'"(\d+)-(\d+)"', text) or [(0, 0)]
-        L, H = (1 + max(map(int, numbers)) for numbers in zip(*keys))
-        G = args.kv_heads or (4 if args.scores == tiny else H)
-        if H % G:
+    parser.add_argument("--kv-heads", type=int, help="default: 4 for tiny/, else all query heads")
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--length", type=int, default=600, help="prompt tokens")
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--rho", type=float, default=0.1)
+
+    def draw(args):
+        head_scores = read_head_scores(args.scores)
+        H = head_scores.shape[1]
+        G = (4 if args.scores == tiny else H) if args.kv_heads is None else args.kv_heads
+        if G < 1 or H % G:
             raise ValueError(f"--kv-heads must divide the {H} query heads, not {G}")
-        s = kv_head_scores(read_head_scores(args.scores, L, H), G)
+        s = kv_head_scores(head_scores, G)
         print(draw_budgets(s, args.budget, args.length, args.window, args.rho))
-    except (OSError, ValueError) as error:
-        parser.error(error)
+
+    parser.run(draw, argv)
 
 
 if __name__ == "__main__":

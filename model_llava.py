@@ -4,12 +4,13 @@
                                                              v
     prompt --> tokenizer --> ids ----------> [ text | image tokens | text ] --> decoder --> logits
                                                                                   ^
-                                    KV cache, a list of tensors for each head (cache.py)
+                                                      attend(layer, q, k, v), given by the caller
 
-Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its
-attention is defined by a loop over KV heads and the query heads of each group, since heads are what
-SparseMM is about; what runs is its fast twin. What differs is the vision tower, and how an image
-becomes a row of tokens:
+Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. It
+knows nothing of caches: each layer calls `attend`, a function of whoever runs it, for which
+prefill_attention alone is the simplest choice (no cache); sparsemm.py compresses behind it, and
+decodes from what was kept. What differs is the vision tower, and how an image becomes a row of
+tokens:
 
     LLaVA-NeXT  CLIP sees square tiles. First comes a thumbnail of the whole image, then the tiles
                 row by row, without the padding, a learned newline token behind each row.
@@ -19,26 +20,29 @@ becomes a row of tokens:
                 (Wang et al. 2024, arXiv 2409.12191)
 
 Every image token knows which rectangle of the original image it shows (ImageTokens.boxes). Tensors
-have the names that the checkpoints give them. transformers supplies the tokenizer, the image
+have the names that the checkpoints give them, but for the products that are joined into one
+(JOINED). transformers supplies the tokenizer, the image
 processor and the config classes; no part of its models is used.
 
 Letters: L layers, H query heads, G KV heads, T tokens, D head size, E width of the decoder, V width
 of the vision tower, P its patches (CLIP: of one tile), S side of a tile in pixels.
 """
 
-import json
 import math
 import re
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from cache import inside, note, read_json
 
 THUMBNAIL, GRID, NEWLINE = 0, 1, 2          # the kinds of image tokens; Qwen2-VL has only GRID
 MLP_SLICE = 4096                            # how many tokens of a prompt go through an MLP at once
@@ -63,6 +67,7 @@ class Config:
     qkv_bias: bool
     tied: bool                      # the output embedding is the input embedding
     max_tokens: int                 # beyond so many, attention would slide, which is not built here
+    trained_tokens: int             # beyond so many, the model was not trained
     image_token: int                # the id that marks the place of an image
     dtype: torch.dtype              # of the checkpoint
     template: str                   # the family's chat template, for checkpoints without one
@@ -93,22 +98,29 @@ def read_config(folder):
     """config.json of a checkpoint -> Config. Raises ValueError for a model that is not built here.
 
     transformers' config classes know the defaults that a file leaves out."""
-    from transformers import AutoConfig
-    try:
-        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
-        family = json.loads(text)["model_type"]
-    except OSError:
-        raise ValueError(f"model {folder}: no readable config.json in it") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"model {folder}: config.json is no object with a model_type") from None
+    from transformers import CONFIG_MAPPING
+    if not (path := Path(folder) / "config.json").exists():
+        raise ValueError(f"model {folder}: no config.json in it; {contents(folder)}")
+    raw = read_json(path, "model")
+    family = str(raw.get("model_type")) if isinstance(raw, dict) else "of no object"
     if family not in MODELS:
-        raise ValueError(f"model {folder}: model_type {family!r} is not one of {', '.join(MODELS)}")
+        raise ValueError(f"model {folder}: model_type {family} in config.json is not one of "
+                         f"{', '.join(MODELS)}")
+    if raw.get("quantization_config"):
+        raise ValueError(f"model {folder}: quantized checkpoints are not built here (config.json "
+                         "has a quantization_config)")
     try:
-        return convert_config(AutoConfig.from_pretrained(folder), family)
-    except ValueError:
-        raise
+        return convert_config(CONFIG_MAPPING[family].from_dict(raw), family)
     except Exception as error:                    # the config classes raise types of their own
-        raise ValueError(f"model {folder}: config.json: {error!r}") from None
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"model {folder}: config.json: {reason}") from None
+
+
+def contents(folder):
+    """What there is instead of what is needed, in words."""
+    names = sorted(path.name for path in Path(folder).iterdir())
+    return (f"it holds {', '.join(names[:8]) or 'nothing'}{', ...' * (len(names) > 8)}; a whole "
+            "checkpoint with config.json and safetensors is right, no adapter alone and no pickle")
 
 
 def convert_config(c, family):
@@ -121,9 +133,11 @@ def convert_config(c, family):
             ("attention_bias", getattr(text, "attention_bias", False), (False,)),
             ("vision hidden_act", vision.hidden_act, ("quick_gelu",)),
             ("projector_hidden_act", getattr(c, "projector_hidden_act", "gelu"), ("gelu",)),
-            ("vision_feature_layer", type(getattr(c, "vision_feature_layer", 0)), (int,))):
+            ("vision_feature_layer", type(getattr(c, "vision_feature_layer", 0)).__name__,
+             ("int",))):
         if value not in right:
-            raise ValueError(f"model config: {what} {value} is not built here, only {right[0]}")
+            raise ValueError(f"{what} {value} is not built here, only "
+                             f"{' or '.join(map(str, right))}")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     shared = dict(
         family=family, layers=text.num_hidden_layers, heads=text.num_attention_heads,
@@ -131,6 +145,7 @@ def convert_config(c, family):
         mlp_width=text.intermediate_size, vocabulary=text.vocab_size, rms_eps=text.rms_norm_eps,
         rope_theta=rope["rope_theta"], tied=c.tie_word_embeddings, vision=vision,
         max_tokens=getattr(text, "sliding_window", None) or sys.maxsize,
+        trained_tokens=text.max_position_embeddings,
         dtype=c.dtype or text.dtype or torch.float32)
     if family == "qwen2_vl":
         return Config(**shared, mrope_section=tuple(rope["mrope_section"]), qkv_bias=True,
@@ -152,13 +167,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):                                                       # (T, E) -> (T, E)
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_angles(positions, c):
-    """positions (3, T): time, row and column of every token -> cos, sin (T, D), float32.
+    """positions (3, T): time, row and column of every token -> cos, sin (T, D), float32, for
+    `rotate`.
 
     M-RoPE (Qwen2-VL, section 2.1): each frequency turns with one of the three axes. Text has the
     same number on all three, which makes it ordinary RoPE (arXiv 2104.09864). LLaVA-NeXT's
@@ -166,109 +180,71 @@ def rotary_angles(positions, c):
     """
     frequency, axis = rotary_frequencies(c.rope_theta, c.head_dim, tuple(c.mrope_section),
                                          positions.device)
-    angles = positions.float()[axis].T * frequency                                        # (T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)                                            # (T, D)
-    return angles.cos(), angles.sin()
+    return both_halves(positions.float()[axis].T * frequency)                             # (T, D/2)
 
 
 @lru_cache
 def rotary_frequencies(theta, D, sections, device):
     """The D/2 frequencies, and which of the three axes each turns with."""
     frequency = 1.0 / theta ** (torch.arange(0, D, 2, device=device).float() / D)
-    return frequency, torch.arange(3).repeat_interleave(torch.tensor(sections)).to(device)
+    axes = [axis for axis, share in enumerate(sections) for _ in range(share)]
+    return frequency, torch.tensor(axes, device=device)
+
+
+def both_halves(angles):
+    """angles (T, D/2) -> cos, sin (T, D) for `rotate`; its minus sign is in the sine."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (heads, T, D) turned by cos, sin (T, D); the first half of D is paired
-    with the second."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary positions: x (heads, T, D) turned by cos, sin (T, D). The first half of D is paired
+    with the second: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def prefill_attention(q, k, v):
-    """Causal attention over a whole prompt. q: (H, T, D); k, v: (G, T, D). Returns (H, T, D).
-
-    One head at a time, the definition; what runs by default is its fast twin. The fused kernel
-    never holds a T x T matrix.
-    """
-    H, G = q.shape[0], k.shape[0]
-    out = torch.empty_like(q)
-    for g in range(G):
-        for h in range(g * H // G, (g + 1) * H // G):
-            out[h] = F.scaled_dot_product_attention(q[None, None, h], k[None, None, g],
-                                                    v[None, None, g], is_causal=True)[0, 0]
-    return out
+    """Causal attention over a whole prompt, one KV head at a time with the R query heads of its
+    group. q: (H, T, D); k, v: (G, T, D). Returns (H, T, D). The fused kernel never holds a T x T
+    matrix, and has float32 logits in every dtype."""
+    R, out = len(q) // len(k), []
+    for g in range(len(k)):
+        k_g, v_g = (x[None, g, None].expand(1, R, -1, -1) for x in (k, v))           # (1, R, T, D)
+        out.append(F.scaled_dot_product_attention(q[None, g * R:(g + 1) * R], k_g, v_g,
+                                                  is_causal=True)[0])
+    return torch.cat(out)
 
 
-def fast_prefill_attention(q, k, v):
-    """The fast twin of prefill_attention: all heads in one call. Keys and values are repeated for
-    the query heads that share them by their strides alone, not in memory."""
-    (H, T, D), G = q.shape, k.shape[0]
-    k, v = (x[:, None].expand(-1, H // G, -1, -1) for x in (k, v))           # (G, H/G, T, D)
-    out = F.scaled_dot_product_attention(q.reshape(G, H // G, T, D), k, v, is_causal=True)
-    return out.reshape(H, T, D)
+def no_cache(layer, q, k, v):
+    """The simplest `attend`."""
+    return prefill_attention(q, k, v)
 
 
-def decode_attention(q, heads):
-    """One new token against what each head holds. q: (H, 1, D); heads: for each KV head [selected
-    keys, recent keys, selected values, recent values], (n, D) each. Returns (H, 1, D).
-
-    This loop is the definition of decoding with heads whose caches differ in length. What runs
-    by default is its fast twin, the cache's own `attend`.
-    """
-    (H, _, D), G = q.shape, len(heads)
-    out = torch.empty_like(q)
-    for g, (selected_k, recent_k, selected_v, recent_v) in enumerate(heads):
-        n = len(selected_k)
-        for h in range(g * H // G, (g + 1) * H // G):
-            logits = torch.cat([q[h] @ selected_k.T, q[h] @ recent_k.T], dim=-1)         # (1, kept)
-            p = (logits / math.sqrt(D)).float().softmax(-1).to(q.dtype)
-            out[h] = p[:, :n] @ selected_v + p[:, n:] @ recent_v
-    return out
+def add_linear(x, y, linear):
+    """x + linear(y), for a linear layer without bias, in one kernel. x: (T, E); y: (T, n)."""
+    return torch.addmm(x, y, linear.weight.T)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.shape = c.heads, c.kv_heads, c.head_dim
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.H, self.G, self.D = c.heads, c.kv_heads, c.head_dim
+        self.qkv_proj = nn.Linear(c.width, (self.H + 2 * self.G) * self.D, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(self.H * self.D, c.width, bias=False)
 
     def project(self, x, cos, sin):
         """x: (T, E) -> q (H, T, D), k, v (G, T, D); q and k turned by cos, sin (T, D)."""
-        (H, G, D), T = self.shape, len(x)
-        q = self.q_proj(x).view(T, H, D).transpose(0, 1)                   # (T, H*D) -> (H, T, D)
-        k = self.k_proj(x).view(T, G, D).transpose(0, 1)                   # (T, G*D) -> (G, T, D)
-        v = self.v_proj(x).view(T, G, D).transpose(0, 1)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def forward(self, x, cos, sin, layer, cache):
-        """x: (T, E); cos, sin: (T, D). Returns (T, E). The first call for a layer is the prefill,
-        of which the cache keeps a part; each later one decodes one token. Without a cache every
-        call is a prefill."""
-        q, k, v = self.project(x, cos, sin)
-        by_head = cache is not None and cache.by_head
-        if cache is not None and layer < len(cache):
-            cache.append(layer, k, v)
-            out = decode_attention(q, cache[layer]) if by_head else cache.attend(layer, q)
-        else:
-            out = (prefill_attention if by_head else fast_prefill_attention)(q, k, v)
-            if cache is not None:
-                cache.compress(layer, q, k, v)
-        return self.o_proj(out.transpose(0, 1).flatten(1))                 # (H, T, D) -> (T, H*D)
+        qkv = self.qkv_proj(x).view(len(x), -1, self.D).transpose(0, 1)           # (H + 2*G, T, D)
+        qk, v = qkv.split([self.H + self.G, self.G])
+        q, k = rotate(qk, cos, sin).split([self.H, self.G])
+        return q, k, v
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=False)
-        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.gate_up_proj = nn.Linear(c.width, 2 * c.mlp_width, bias=False)
         self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
-
-    def forward(self, x):                                                       # (T, E) -> (T, E)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -279,10 +255,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.rms_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, layer, cache):                               # (T, E) -> (T, E)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache)
-        slices = self.post_attention_layernorm(x).split(MLP_SLICE)          # to bound its memory
-        return x + torch.cat([self.mlp(part) for part in slices])
+    def forward(self, x, cos, sin, layer, attend):
+        """x: (T, E); cos, sin: (T, D); attend: see Decoder. Returns (T, E)."""
+        x = self.add_attention(x, cos, sin, layer, attend)
+        if len(x) <= MLP_SLICE:
+            return self.add_mlp(x)
+        return torch.cat([self.add_mlp(part) for part in x.split(MLP_SLICE)])  # to bound its memory
+
+    def add_attention(self, x, cos, sin, layer, attend):                        # (T, E) -> (T, E)
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        mixed = attend(layer, q, k, v)                                                  # (H, T, D)
+        return add_linear(x, mixed.transpose(0, 1).flatten(1), self.self_attn.o_proj)
+
+    def add_mlp(self, x):                                                       # (T, E) -> (T, E)
+        gate, up = self.mlp.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
+        return add_linear(x, F.silu(gate) * up, self.mlp.down_proj)
 
 
 class Decoder(nn.Module):
@@ -293,18 +280,19 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.rms_eps)
 
-    def forward(self, x, positions, cache=None, drop=None):
-        """x: (T, E) embeddings of tokens and images; positions: (3, T); drop: (K, survivors), where
-        only the positions survivors(q, k) of layer K go on from there. Returns (T, E), or what is
-        left of it."""
+    def forward(self, x, positions, attend):
+        """x: (T, E) embeddings of tokens and images; positions: (3, T). Returns (T, E).
+
+        attend(layer, q, k, v) -> out, with q, out (H, T, D) and k, v (G, T, D) after RoPE, is all
+        that the decoder knows of attention over anything but these T tokens."""
+        return self.norm(self.run_layers(x, positions, attend))
+
+    def run_layers(self, x, positions, attend, first=0, last=None):
+        """The layers `first` to `last`, not included, alone. x: (T, E). Returns (T, E)."""
         cos, sin = (angle.to(x.dtype) for angle in rotary_angles(positions, self.config))
-        for l, layer in enumerate(self.layers):
-            before, x = x, layer(x, cos, sin, l, cache)
-            if drop and l == drop[0]:
-                q, k, _ = layer.self_attn.project(layer.input_layernorm(before), cos, sin)
-                left = drop[1](q, k)
-                x, cos, sin = x[left], cos[left], sin[left]
-        return self.norm(x)
+        for l, layer in list(enumerate(self.layers))[first:last]:
+            x = layer(x, cos, sin, l, attend)
+        return x
 
 
 # ---- what both families share --------------------------------------------------------------------
@@ -352,6 +340,14 @@ class VisionLanguageModel(nn.Module):
     """What LlavaNext and Qwen2VL share. Each adds `decoder`, `lm_head`, and of an image: `lay_out`
     (which token shows what), `see` (pixels to embeddings) and `span` (positions)."""
 
+    @property
+    def device(self):
+        return self.decoder.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.decoder.embed_tokens.weight.dtype
+
     def embed(self, prompt):
         """Embeddings (T, E) of a prompt, with its images in their places."""
         x = self.decoder.embed_tokens(prompt.ids)
@@ -359,28 +355,32 @@ class VisionLanguageModel(nn.Module):
             x[start:start + len(image)] = self.see(pixels, image)
         return x
 
-    def hidden_states(self, prompt, cache=None, drop=None):
-        """Prefill: the decoder's output (T, E). A cache keeps what its method selects."""
-        return self.decoder(self.embed(prompt), prompt.positions, cache, drop)
+    def hidden_states(self, prompt, attend=no_cache):
+        """Of a whole prompt: the decoder's output (T, E)."""
+        return self.decoder(self.embed(prompt), prompt.positions, attend)
 
     def logits(self, hidden):
         """(..., E) -> (..., vocabulary)."""
         output = self.decoder.embed_tokens if self.config.tied else self.lm_head
         return F.linear(hidden, output.weight)
 
-    def decode(self, token, position, cache):
-        """One decoding step: the logits (vocabulary,) that follow `token`, a text token, which
+    def decode(self, token, position, attend):
+        """Of one more token: the logits (vocabulary,) that follow `token`, a text token, which
         stands at `position` on all three axes. Both are numbers, or tensors (1,)."""
-        device = self.decoder.embed_tokens.weight.device
-        x = self.decoder.embed_tokens(torch.as_tensor(token, device=device).view(1))        # (1, E)
-        positions = torch.as_tensor(position, device=device).expand(3, 1)
-        return self.logits(self.decoder(x, positions, cache)[0])
+        x = self.decoder.embed_tokens(torch.as_tensor(token, device=self.device).view(1))   # (1, E)
+        positions = torch.as_tensor(position, device=self.device).expand(3, 1)
+        return self.logits(self.decoder(x, positions, attend)[0])
 
     def check_length(self, T, new):
-        """Raises ValueError if a prompt's T tokens and `new` ones are more than attention spans."""
+        """Raises ValueError if a prompt's T tokens and `new` ones are more than attention spans,
+        and notes if they are more than the model was trained on."""
         if T + new > self.config.max_tokens:
             raise ValueError(f"prompt of {T} tokens and {new} new ones exceed the sliding window "
                              f"of {self.config.max_tokens}, which is not built here")
+        if T + new > self.config.trained_tokens:
+            note("a prompt with its answer may be longer than the "
+                 f"{self.config.trained_tokens:,} tokens that the model was trained on; what "
+                 "follows them is not to be relied on (max_position_embeddings)")
 
     def positions(self, T, images, starts):
         """Positions (3, T): text counts up by one on all axes; an image takes its `span`, and the
@@ -603,16 +603,14 @@ class QwenVision(nn.Module):
         return self.merger.mlp(self.merger.ln_q(x).view(rows * columns, -1))  # (P, V) -> (P/4, 4*V)
 
     def rotary_angles(self, rows, columns, device):
-        """2-D rotary positions: cos, sin (P, D), half of the frequencies turning with the patch's
-        row and half with its column."""
+        """2-D rotary positions: cos, sin (P, D) for `rotate`, half of the frequencies turning with
+        the patch's row and half with its column."""
         m, D = self.config.spatial_merge_size, self.config.embed_dim // self.config.num_heads
         y, x = torch.meshgrid(torch.arange(rows * m), torch.arange(columns * m), indexing="ij")
         yx = torch.stack([y, x], dim=-1).view(rows, m, columns, m, 2)
         yx = yx.transpose(1, 2).reshape(-1, 2, 1).to(device)                            # (P, 2, 1)
         frequency = 1.0 / 10000.0 ** (torch.arange(0, D // 2, 2, device=device).float() / (D // 2))
-        angles = (yx * frequency).flatten(1)                                              # (P, D/2)
-        angles = torch.cat([angles, angles], dim=-1)                                        # (P, D)
-        return angles.cos(), angles.sin()
+        return both_halves((yx * frequency).flatten(1))                                   # (P, D/2)
 
 
 class Qwen2VL(VisionLanguageModel):
@@ -661,11 +659,30 @@ SPELLINGS = {
                    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
     "qwen2_vl": ((r"^model\.visual\.", "visual."),
                  (r"^model\.language_model\.", "model."))}
+# Products of the same input are one product here: name -> what it is joined from, in this order.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 OLD_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")      # constants in some old files
 
 
+def find_device(name):
+    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" -> torch.device. Raises ValueError
+    if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: auto, cpu, cuda or cuda:N is right")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not among the {torch.cuda.device_count()} CUDA "
+                         "devices that PyTorch finds; cpu or auto is right")
+    return device
+
+
 def load(name, device="auto", dtype="auto"):
-    """A model, ready to use, with its `folder` and its `processor`.
+    """A model, ready to use, with its `folder`, its `name` and its `processor`.
 
     name: a checkpoint's folder, or its id on the Hugging Face hub; device: "auto" takes CUDA if
     there is one; dtype: "auto" is float32 on a CPU and the checkpoint's own on CUDA. Raises
@@ -673,33 +690,44 @@ def load(name, device="auto", dtype="auto"):
     """
     from transformers.utils import logging
     logging.set_verbosity_error()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = find_folder(name)
+    device, folder = find_device(device), find_folder(name)
     config = read_config(folder)
     if dtype == "auto":
-        dtype = "float32" if torch.device(device).type == "cpu" else config.dtype
+        dtype = "float32" if device.type == "cpu" else config.dtype
     with torch.device("meta"):                                    # only shapes, no memory, no time
-        model = MODELS[config.family](config)
-    load_weights(model, folder, device, DTYPES.get(dtype, dtype))
+        model = MODELS[config.family](config).requires_grad_(False)
+    model = model.to(DTYPES.get(dtype, dtype)).to_empty(device=device)
+    copy_weights(model, read_tensors(folder), folder)
     model.folder, model.processor = folder, Processor(folder, config)
+    model.name = Path(name).resolve().name if Path(name).is_dir() else str(name)
     return model.eval()
 
 
 def find_folder(name):
-    """A checkpoint's folder: a local one, or the hub's, downloaded."""
+    """A checkpoint's folder: a local one, or the hub's, downloaded, where config.json is refused
+    before the weights come. Raises ValueError after 15 seconds in which the hub says nothing."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         raise ValueError(f"model {name}: no such folder; a checkpoint's folder or a hub id such as "
                          "llava-hf/llava-v1.6-mistral-7b-hf is right")
-    from huggingface_hub import snapshot_download
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    from huggingface_hub import HfApi, snapshot_download
+    note(f"model {name}: no such folder; asking the hub for it")
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        source = dict(revision=HfApi().model_info(name, timeout=15).sha)
     except Exception as error:          # no network, no such repository, no access: many types
-        raise ValueError(f"model {name}: neither a local folder nor to be had from the hub "
-                         f"({type(error).__name__})") from None
+        source, refusal = dict(local_files_only=True), type(error).__name__      # but maybe cached
+    folder, small = None, ["*.json", "*.jinja", "*.model", "*.txt"]
+    for wanted in (small, [*small, "*.safetensors"]):
+        if folder:
+            read_config(folder)
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=wanted, **source))
+        except Exception as error:
+            reason = refusal if "revision" not in source else type(error).__name__
+            raise ValueError(f"model {name}: neither a local folder nor to be had from the hub "
+                             f"({reason})") from None
+    return folder
 
 
 def hub_name(key, family):
@@ -709,48 +737,68 @@ def hub_name(key, family):
     return key
 
 
-def load_weights(model, folder, device, dtype):
-    """Fills the model from the folder's safetensors files. Raises ValueError that names the first
-    missing, surplus or misshapen tensor."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.tied:                                           # then a file may hold it twice
-        shapes["lm_head.weight"] = shapes["language_model.lm_head.weight"] = [
-            model.config.vocabulary, model.config.width]
-    weights = {}
+def published_tensors(model):
+    """name of a tensor in published checkpoints -> the part of the model that it fills."""
+    c, parts = model.config, {}
+    heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    rows = {"qkv_proj": (heads, kv_heads, kv_heads), "gate_up_proj": (c.mlp_width, c.mlp_width)}
+    for name, tensor in model.state_dict().items():
+        module = name.split(".")[-2] if "." in name else ""
+        for part, piece in zip(JOINED.get(module, (module,)),
+                               tensor.split(rows.get(module, len(tensor)))):
+            parts[name.replace(f".{module}.", f".{part}.")] = piece
+    return parts
+
+
+def copy_weights(model, tensors, folder):
+    """Fills the model. tensors: pairs of (name, tensor), one at a time; folder: for messages.
+    Raises ValueError that names the first missing, surplus or misshapen tensor."""
+    c, parts, filled = model.config, published_tensors(model), set()
+    embedding = model.decoder.embed_tokens.weight
+    for key, tensor in tensors:
+        if OLD_BUFFERS.search(key):
+            continue
+        name = hub_name(key, c.family)
+        tied = c.tied and name.removeprefix("language_model.") == "lm_head.weight"
+        part = torch.empty_like(embedding) if tied else parts.get(name)   # a file may hold it twice
+        if part is None or name in filled:
+            raise ValueError(f"model {folder}: surplus tensor {key}")
+        if tensor.shape != part.shape:
+            raise ValueError(f"model {folder}: tensor {key} has shape {list(tensor.shape)}, should "
+                             f"have {list(part.shape)}")
+        part.copy_(tensor)
+        filled.add(name)
+        if tied:
+            output, output_key = part, key
+    if missing := sorted(parts.keys() - filled):
+        raise ValueError(f"model {folder}: {len(missing)} tensors missing, {missing[0]} first")
+    if filled - parts.keys() and not torch.equal(output, embedding):
+        raise ValueError(f"model {folder}: {output_key} is not the input embedding it is tied to")
+
+
+def read_tensors(folder):
+    """Pairs of (name, tensor) of a checkpoint's files, one at a time, on the CPU."""
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 for key in file.keys():
-                    name = hub_name(key, model.config.family)
-                    if OLD_BUFFERS.search(key):
-                        continue
-                    if name not in shapes or name in weights:
-                        raise ValueError(f"model {folder}: surplus tensor {key} in {path.name}")
-                    tensor = file.get_tensor(key)
-                    if list(tensor.shape) != shapes[name]:
-                        raise ValueError(f"model {folder}: tensor {key} has shape "
-                                         f"{list(tensor.shape)}, should have {shapes[name]}")
-                    weights[name] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+                    yield key, file.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"model {folder}: {path.name} cannot be read: {error}") from None
-    if missing := sorted(model.state_dict().keys() - weights.keys()):
-        raise ValueError(f"model {folder}: {len(missing)} tensors missing, {missing[0]} first")
-    spare = [weights.pop(name) for name in weights.keys() - model.state_dict().keys()]
-    model.load_state_dict(weights, assign=True)
-    if spare and not torch.equal(spare[0], model.decoder.embed_tokens.weight):
-        raise ValueError(f"model {folder}: lm_head.weight is not the input embedding it is tied to")
 
 
 def weight_files(folder):
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
-    index = folder / "model.safetensors.index.json"
+    index, only = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists():
-        return [folder / "model.safetensors"]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"model {folder}: {index.name} is not an index of weights") from None
+        if not only.exists():
+            raise ValueError(f"model {folder}: no model.safetensors in it, nor an index of several;"
+                             f" {contents(folder)}")
+        return [only]
+    match read_json(index, "model"):
+        case {"weight_map": dict(names)} if all(isinstance(x, str) for x in names.values()):
+            return [inside(folder, name) for name in sorted(set(names.values()))]
+    raise ValueError(f"model {folder}: {index.name} is not an index of weights")
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -767,15 +815,20 @@ class Processor:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.image_processor = image_processor.from_pretrained(folder, local_files_only=True)
-            self.template = (self.read_template(folder) or self.tokenizer.chat_template
-                             or config.template)
             self.end_tokens, self.image_token = self.read_end_tokens(folder), config.image_token
+            own = self.read_template(folder), self.tokenizer.chat_template
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model {folder}: tokenizer, template or image processor: "
                              f"{error}") from None
-        if len(self.tokenizer) <= config.image_token:
-            raise ValueError(f"model {folder}: its tokenizer has {len(self.tokenizer)} tokens; the "
-                             f"image token, {config.image_token}, must be one of them")
+        self.template = next(filter(self.shows_image, (*own, config.template)), None)
+        if self.template is None:
+            mark = re.search(r"<image>|<\|image_pad\|>", config.template)[0]
+            raise ValueError(f"model {folder}: the image token is {config.image_token} in "
+                             f"config.json, but {mark} is token "
+                             f"{self.tokenizer.convert_tokens_to_ids(mark)} of the tokenizer")
+        if any(own) and self.template not in own:
+            note(f"model {folder}: its chat template has no place for an image; that of "
+                 f"{config.family} is used")
 
     @staticmethod
     def read_template(folder):
@@ -783,39 +836,60 @@ class Processor:
         if (path := folder / "chat_template.jinja").exists():
             return path.read_text(encoding="utf-8")
         if (path := folder / "chat_template.json").exists():
-            return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+            return read_json(path, "model")["chat_template"]
 
     def read_end_tokens(self, folder):
         """The ids that end an answer; generation_config.json may name several."""
         path, end = folder / "generation_config.json", None
         if path.exists():
-            end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            end = read_json(path, "model").get("eos_token_id")
         if end is None:
             end = self.tokenizer.eos_token_id
         return set(end) if isinstance(end, list) else {end}
 
-    def render(self, num_images, turns):
+    def shows_image(self, template):
+        """Whether a chat template puts one placeholder for one image. Those of text models do not,
+        or fail."""
+        try:
+            ids = self.tokenizer(self.render(1, ["Hi"], template)).input_ids
+            return bool(template) and ids.count(self.image_token) == 1
+        except Exception:                       # whatever a template does with what it doesn't know
+            return False
+
+    def render(self, num_images, turns, template=None):
         """The chat template's text of a question, answer, question, ..., up to where the next
         answer begins; the images come first in the first turn."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": t}]}
                     for i, t in enumerate(turns)]
         messages[0]["content"] = [{"type": "image"}] * num_images + messages[0]["content"]
-        try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.template,
-                                                      tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template: {error}") from None
+        return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                  chat_template=template or self.template,
+                                                  add_generation_prompt=True)
 
     def token_ids(self, num_images, text):
         """One user turn, up to where the answer begins: a list of token ids, with one placeholder
-        for each image. Raises ValueError if the text itself holds a placeholder."""
+        for each image. Raises ValueError if the text itself holds a placeholder; notes what else of
+        it does not reach the model as it stands there."""
+        text.encode()                                      # an error for bytes that are not UTF-8
         ids = self.tokenizer(self.render(num_images, [text])).input_ids
         if ids.count(self.image_token) != num_images:
             raise ValueError(f"prompt {text!r} contains {self.tokenizer.decode([self.image_token])}"
                              ", which stands for an image; a question without it is right")
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values()
+                   if token.special and str(token) in text]
+        if special:
+            note(f"prompt: {' '.join(special)} is no text to this model, but a special token")
+        if unknown := list(filter(self.is_unknown, dict.fromkeys(text))):
+            ascii_only = all(map(str.isascii, self.tokenizer.get_vocab()))
+            note(f"prompt: the tokenizer does not know {' '.join(map(repr, unknown))}"
+                 + "; this model knows printable ASCII" * ascii_only)
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             return ids[1:]                              # one from the template, one from tokenizing
         return ids
+
+    def is_unknown(self, character):
+        ids = self.tokenizer(character, add_special_tokens=False).input_ids
+        return not ids or self.tokenizer.unk_token_id in ids
 
     def next_turn_ids(self, num_images, turns):
         """What the template puts between the last answer in turns, [question, answer, ...,
@@ -829,6 +903,43 @@ class Processor:
         return self.tokenizer(rendered).input_ids[len(before):]
 
 
+def open_image(path):
+    """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
+    if not Path(path).exists():
+        raise ValueError(f"--image {path}: no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"--image {path}: not a file; a picture (PNG, JPEG, ...) is right")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    note(f"--image {path}: {image.n_frames} frames; the first one is taken")
+                return to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"--image {path}: too large; at most {Image.MAX_IMAGE_PIXELS:,} pixels "
+                         "are right") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"--image {path}: not a picture that Pillow can read") from None
+    except Exception as error:           # Pillow's decoders raise what they please at damaged files
+        raise ValueError(f"--image {path}: cannot be read ({error})") from None
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB. Transparency is laid on white; greys of more than 8 bits are
+    scaled by their type's range, integers from 0 to 65,535 and floats from 0 to 1."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        top, image = 1 if image.mode == "F" else 65535, image.convert("F")
+        low, high = image.getextrema()
+        if low < 0 or high > top:
+            raise ValueError(f"greys from {low} to {high}; 0 to {top} is right")
+        return Image.merge("RGB", [image.point(lambda x: x * (255 / top) + 0.5).convert("L")] * 3)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def prepare(model, images, text):
     """A question about images -> Prompt. images: PIL images in RGB; text: the question.
 
@@ -837,7 +948,6 @@ def prepare(model, images, text):
     cannot be processed.
     """
     processor, mark = model.processor, model.config.image_token
-    weight = model.decoder.embed_tokens.weight
     pixels, laid_out, ids, starts = [], [], [], []
     for image in images:
         try:
@@ -846,7 +956,7 @@ def prepare(model, images, text):
             raise ValueError(f"image of {image.width} x {image.height} pixels: {error}") from None
         values = processed["pixel_values"]
         values = values[0] if values.dim() == 5 else values         # LLaVA-NeXT: a batch of one
-        pixels.append(values.to(weight.device, weight.dtype))
+        pixels.append(values.to(model.device, model.dtype))
         laid_out.append(model.lay_out((image.height, image.width), processed))
     template = processor.token_ids(len(images), text)
     for token in template:
@@ -855,5 +965,5 @@ def prepare(model, images, text):
             ids += [mark] * len(laid_out[len(starts) - 1])
         else:
             ids.append(token)
-    positions = model.positions(len(ids), laid_out, starts).to(weight.device)
-    return Prompt(torch.tensor(ids, device=weight.device), positions, pixels, laid_out, starts)
+    positions = model.positions(len(ids), laid_out, starts).to(model.device)
+    return Prompt(torch.tensor(ids, device=model.device), positions, pixels, laid_out, starts)

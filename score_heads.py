@@ -13,12 +13,11 @@ I_i show it.
     | Total  [ 48.20 ]|      Total 48.20        . . . . . # o .    arg-max in the box: a hit
     '-----------------'
 
-A head scores a hit when the arg-max of its attention row, over all keys, falls in I_i. A hit adds
-1/|I_i|, so that a small box counts more. The row is that of the query that emits y_i, which stands
-at y_{i-1}. Given the transcript (teacher forcing), one forward pass over prompt and transcript has
-every row that is needed, and no other row is ever computed. The transcript is the model's own, or
-with --transcript truth what the page says; what the page says also makes it quick to find out what
-the model writes (`write`).
+A head scores a hit when the arg-max of its attention row, over all keys, falls in I_i. The row is
+that of the query that emits y_i, which stands at y_{i-1}. A hit adds 1/|I_i|: an arg-max that falls
+anywhere by chance hits in proportion to |I_i|. Given the transcript (teacher forcing), one forward
+pass over prompt and transcript has every row that is needed, and no other row is ever computed. The
+transcript is the model's own, or with --transcript truth what the page says.
 
 NOTE(paper): its figure can be read as the row of y_i's own query; the authors' code agrees with us.
 NOTE(official): there, every token of the transcript takes a forward pass of its own.
@@ -30,97 +29,91 @@ Letters: L layers, H query heads, G KV heads, T tokens, D head size, P prompt to
 the transcript.
 """
 
+import hashlib
 import json
 import math
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from tqdm import tqdm
 
-from cache import read_head_scores
-from experiments.arguments import (OneLineParser, add_model_arguments, output_file, png_file,
-                                   whole_number)
-from experiments.drafts import write
-from experiments.pages import KINDS
-from experiments.progress import Progress, gather, rank_and_ranks, write_json
-from experiments.sources import Annotated, Rendered, Sets
-from model_llava import GRID, load, prepare, rotary_angles
-from sparsemm import SCORES_FILE
+from cache import OneLineParser, inside, read_head_scores, read_json
+from model_llava import GRID, load, open_image, prefill_attention, prepare, weight_files
+from sparsemm import SCORES_FILE, add_model_arguments, check_output, generate, write_json
+
+try:
+    import fcntl
+except ImportError:                                     # not on Windows: nothing is locked there
+    fcntl = None
 
 OCR_PROMPT = "Provide all the OCR results of this image."
 LIMIT = 1024                    # so many tokens does a model write at most
-PEAK_ROWS = 64                  # of so many tokens are the attention logits held at once
 
 
 # ---- one transcript ------------------------------------------------------------------------------
 
-class Reading:
-    """A KV cache of everything, which stands where a cache.KVCache would and also keeps the queries
-    from position `first` on. It takes several tokens at a time, `room` in all, and forgets those
-    that are cut off again."""
+def transcribe(model, images, question=OCR_PROMPT, limit=LIMIT):
+    """What the model itself writes, greedily: token ids (n,), without the end token."""
+    ids = generate(model, images, question, "full", max_new_tokens=limit)["token_ids"]
+    return [token for token in ids if token not in model.processor.end_tokens]
 
-    by_head = False
 
-    def __init__(self, first, room=0):
-        self.first, self.room, self.length = first, room, 0
-        self.layers = []             # of each q (H, T - first, D) and k, v (G, T, D), after RoPE
+@torch.inference_mode()
+def score_transcript(model, images, words, ids, match="aligned", question=OCR_PROMPT):
+    """The visual scores of all heads on one transcript, of a page or of several.
 
-    def __len__(self):
-        return len(self.layers)
+    images: PIL images; words: for each of them [(text, box), ...] in reading order; ids: the
+    transcript's tokens (n,); match: which tokens count; question: what the transcript is the answer
+    to. Returns scores (L, H) float64, the number of tokens that counted, and the number of hits.
+    """
+    prompt, tokenizer = prepare(model, images, question), model.processor.tokenizer
+    model.check_length(len(prompt.ids), len(ids))
+    peaks = attention_peaks(model, prompt, ids)                                          # (L, H, n)
+    texts = [text for page in words for text, _ in page]
+    boxes = [(image, start, box) for image, start, page in zip(prompt.images, prompt.starts, words)
+             for _, box in page]
+    shown = torch.zeros(len(boxes), len(prompt.ids) + len(ids), dtype=torch.bool)
+    for j, (image, start, box) in enumerate(boxes):                # is word j shown by position t?
+        shown[j, tokens_in_box(image, box) + start] = True
+    piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in set(ids)}
+    owners = MATCHES[match]([piece[i] for i in ids], texts)
+    counted = [i for i, word in enumerate(owners) if word is not None and shown[word].any()]
+    regions = shown[[owners[i] for i in counted]]                                           # (m, T)
+    hits = regions[torch.arange(len(counted)), peaks[:, :, counted]]                     # (L, H, m)
+    return (hits.double() / regions.sum(1)).sum(-1), len(counted), int(hits.sum())
 
-    def compress(self, layer, q, k, v):
-        self.length = k.shape[1]
-        self.layers.append([F.pad(x, (0, 0, 0, self.room)) for x in (q[:, self.first:], k, v)])
 
-    def append(self, layer, k, v):
-        new = slice(self.length, self.length + k.shape[1])
-        self.layers[layer][1][:, new], self.layers[layer][2][:, new] = k, v
+def attention_peaks(model, prompt, ids):
+    """Where every head looks most while it emits each token of the transcript ids (n,): (L, H, n)
+    int64, on the CPU. Row P-1+i emits token i, so that the last token need not be read."""
+    c, P, n, peaks = model.config, len(prompt.ids), len(ids), []
 
-    def attend(self, layer, q):
-        """q: (H, n, D), of the last n tokens. Returns (H, n, D)."""
-        (H, n, D), (queries, k, v), T = q.shape, self.layers[layer], self.length + q.shape[1]
-        queries[:, self.length - self.first:T - self.first] = q
-        p = (attention_logits(q, k[:, :T]) / math.sqrt(D)).softmax(-1).to(v.dtype)      # (H, n, T)
-        return (p.view(len(v), -1, T) @ v[:, :T]).view(H, n, D)
+    def attend(layer, q, k, v):                            # (H, P+n-1, D), (G, P+n-1, D), the same
+        largest, places = attention_logits(q[:, P - 1:], k).max(-1)
+        if not torch.isfinite(largest).all():
+            raise ValueError(f"layer {layer}: attention logits are not finite in "
+                             f"{str(model.dtype).removeprefix('torch.')}")
+        peaks.append(places.cpu())
+        return prefill_attention(q, k, v)
 
-    def cut(self, T):
-        """Leaves the first T tokens."""
-        self.length = T
-
-    def peaks(self):
-        """Where every head looks most from each position on from `first`: (L, H, T - first) int64,
-        on the CPU. (The softmax does not move a maximum.) Some rows at a time: their logits stay in
-        a processor's cache, those of all would be written to memory and read again; and the keys
-        behind the last of them are left out."""
-        peaks = []
-        for q, k, _ in self.layers:
-            found = []
-            for start in range(self.first, self.length, PEAK_ROWS):
-                end = min(start + PEAK_ROWS, self.length)
-                rows = q[:, start - self.first:end - self.first]
-                found.append(argmax(attention_logits(rows, k[:, :end])))
-            peaks.append(torch.cat(found, 1).cpu())
-        return torch.stack(peaks)
+    if n:
+        model.hidden_states(prompt.extended(ids[:-1]), attend)
+    return torch.stack(peaks) if n else torch.zeros(c.layers, c.heads, 0, dtype=torch.long)
 
 
 def attention_logits(q, k):
-    """Of the last n queries, causal, not divided by sqrt(D). q: (H, n, D), k: (G, T, D). Returns
-    (H, n, T) float32. Of bfloat16 numbers a CPU's units for them make the same exact products, and
-    add them up in float32, in less time than its others do."""
+    """Of the last n queries, causal, not divided by sqrt(D), which moves no maximum. q: (H, n, D),
+    k: (G, T, D). Returns (H, n, T) float32."""
     (H, n, D), (G, T, _) = q.shape, k.shape
-    units = "bf16" if q.dtype == torch.bfloat16 else "none"
-    with torch.backends.mkldnn.flags(enabled=True, allow_tf32=None, fp32_precision=units):
-        logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)            # (G, H/G*n, T)
-    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-    logits.view(H, n, T)[:, :, T - n:].masked_fill_(future, -torch.inf)
-    return logits.view(H, n, T)
-
-
-def argmax(x):
-    """x: (..., n) -> (...). On a CPU numpy's takes a fifteenth of the time that torch's does."""
-    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
+    logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)                # (G, R * n, T)
+    future = torch.ones(n, T, dtype=torch.bool, device=q.device).triu(T - n + 1)
+    return logits.view(H, n, T).masked_fill_(future, -torch.inf)
 
 
 def align_tokens(pieces, words):
@@ -160,154 +153,330 @@ def tokens_in_box(image, box):
     return ((image.kinds == GRID) & (width > 0) & (height > 0)).nonzero()[:, 0]
 
 
-@torch.inference_mode()
-def score_transcript(model, images, words, ids, match="aligned", question=OCR_PROMPT, own=False,
-                     limit=LIMIT):
-    """The visual scores of all heads on one transcript, of a page or of several.
-
-    images: PIL images; words: for each of them [(text, box), ...] in reading order; ids: the
-    transcript's tokens (n,); match: which tokens count; question: what the transcript is the answer
-    to; own: score what the model itself would write, `limit` tokens at most, for which ids are but
-    a draft. Returns scores (L, H) float64, the number of tokens that counted, and the number of
-    hits.
-    """
-    prompt, tokenizer = prepare(model, images, question), model.processor.tokenizer
-    model.check_length(len(prompt.ids), limit if own else len(ids))
-    reading = Reading(first=len(prompt.ids) - 1, room=limit if own else 0)   # P-1+i emits y_i
-    if own:
-        ids = write(model, prompt, reading, ids, limit)
-    else:
-        read(model, prompt.extended(ids), reading)
-    texts = [text for page in words for text, _ in page]
-    boxes = [(image, start, box) for image, start, page in zip(prompt.images, prompt.starts, words)
-             for _, box in page]
-    shown = torch.zeros(len(boxes), reading.length, dtype=torch.bool)     # word j by position t?
-    for j, (image, start, box) in enumerate(boxes):
-        shown[j, tokens_in_box(image, box) + start] = True
-    piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in set(ids)}
-    owners = MATCHES[match]([piece[i] for i in ids], texts)
-    counted = [i for i, word in enumerate(owners) if word is not None and shown[word].any()]
-    regions = shown[[owners[i] for i in counted]]                                           # (m, T)
-    hits = regions[torch.arange(len(counted)), reading.peaks()[:, :, counted]]           # (L, H, m)
-    return (hits.double() / regions.sum(1)).sum(-1), len(counted), int(hits.sum())
-
-
-def read(model, prompt, reading):
-    """Prefill, without what follows the last layer's queries and keys: nothing asks for it."""
-    *layers, last = model.decoder.layers
-    x = model.embed(prompt)                                                                 # (T, E)
-    cos, sin = (angle.to(x.dtype) for angle in rotary_angles(prompt.positions, model.config))
-    for l, layer in enumerate(layers):
-        x = layer(x, cos, sin, l, reading)
-    reading.compress(len(layers), *last.self_attn.project(last.input_layernorm(x), cos, sin))
-
-
 # ---- many pages ----------------------------------------------------------------------------------
 
-def score_pages(model, pages, progress, done, rank, ranks, match, whose, every=10):
-    """Scores the pages rank, rank + ranks, ... that are not done yet, and saves now and then.
-    Returns the errors of the pages that could not be read."""
+class Annotated:
+    """Pages of a JSON file in the layout of SynthDoG-detection: a list of {"id", "image_name",
+    "2_coord": [{"chunk": text, "coord": [[x, y], ...]}, ...]}, coordinates in pixels. Other OCR and
+    detection sets fit in, with a class name for the chunk. Images lie beside the file."""
+
+    def __init__(self, path, num):
+        entries = read_json(path, "--data")
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"--data {path}: not a list of pages")
+        self.folder, self.entries = Path(path).parent, entries[:num]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        """(PIL image, [(text, box), ...], transcript) of page i. Raises ValueError that names an
+        entry which cannot be read, or whose picture lies in no folder beside the file."""
+        entry = self.entries[i]
+        try:
+            words = []
+            for chunk in entry["2_coord"]:
+                x, y = zip(*((float(x), float(y)) for x, y in chunk["coord"]))
+                if not all(map(math.isfinite, x + y)):
+                    raise ValueError(f"coordinates {chunk['coord']} are not finite")
+                words.append((str(chunk["chunk"]), (min(x), min(y), max(x), max(y))))
+            image = open_image(inside(self.folder, entry["image_name"]))
+        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+            name = entry.get("id", i) if isinstance(entry, dict) else i
+            reason = str(error).removeprefix("--image ")
+            raise ValueError(f"entry {name}: {type(error).__name__} {reason}") from None
+        return image, words, " ".join(text for text, _ in words)
+
+
+@dataclass
+class Sets:
+    """Pages that follow one another, `size` at a time: the images of one prompt, which are counted
+    as one page from here on."""
+    pages: object
+    size: int
+
+    def __len__(self):
+        return -(-len(self.pages) // self.size)
+
+    def __getitem__(self, i):
+        """(images, the words of each, transcript) of prompt i."""
+        first = i * self.size
+        images, words, texts = zip(*(self.pages[j] for j in range(
+            first, min(first + self.size, len(self.pages)))))
+        return images, words, "\n".join(texts)
+
+
+def score_pages(model, pages, progress, process, processes, match, whose):
+    """Scores the pages process, process + processes, ... that are not done yet, and saves each.
+    Returns the errors of those that cannot be read or used, {page number: text}."""
     errors = {}
-    mine = [i for i in range(rank, len(pages), ranks) if str(i) not in done]
-    for count, i in enumerate(tqdm(mine, unit="page", disable=rank > 0), 1):
+    for i in tqdm(range(process, len(pages), processes), unit="page", disable=process > 0):
+        if str(i) in progress.done:
+            continue
         try:
             images, words, text = pages[i]
-        except ValueError as error:
-            errors[i] = str(error)
+            ids = model.processor.tokenizer(text, add_special_tokens=False).input_ids
+            if whose == "model":
+                ids = transcribe(model, images)
+            scores, tokens, hits = score_transcript(model, images, words, ids, match)
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            errors[i] = " ".join(str(error).split())
             continue
-        ids = model.processor.tokenizer(text, add_special_tokens=False).input_ids
-        scores, tokens, hits = score_transcript(model, images, words, ids, match,
-                                                own=whose == "model")
-        progress.pages[str(i)] = dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits)
-        if count % every == 0 or count == len(mine):
-            progress.save()
+        progress.save(i, dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits))
     return errors
 
 
 def write_scores(per_page, path):
     """Writes {"layer-head": [one number per page]}, the authors' format. per_page: (L, H) each."""
     L, H = per_page[0].shape
-    write_json({f"{l}-{h}": [round(float(scores[l, h]), 6) for scores in per_page]
+    write_json({f"{l}-{h}": [float(scores[l, h]) for scores in per_page]
                 for l in range(L) for h in range(H)}, path)
+
+
+class Progress:
+    """What is done so far: a line for each page, in a file beside the result for each process. What
+    is written once is never written again, so that a run can be killed at any time."""
+
+    def __init__(self, file, out, process, processes, settings, resume):
+        """file: of this process, for reading and appending, without a buffer. Raises ValueError if
+        another run holds it, if there are pages that would be lost, or pages of other settings."""
+        self.file, self.own = file, {}      # page number (text) -> {"scores": [L*H], "tokens", ...}
+        self.done = {}                      # the same of what any process had saved before
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # ends with the process
+        except BlockingIOError:
+            raise ValueError(f"--out {out}: another run is at work on it") from None
+        for number, path in part_files(out).items():
+            made_with, pages, whole = read_part(path)
+            if resume and made_with not in (None, settings):
+                raise ValueError(f"--resume: {path} was made with other settings, weights or data; "
+                                 "another --out, or to delete that file, is right")
+            if not resume and pages and (number == process or number >= processes):
+                raise ValueError(f"--out {out}: {len(pages)} pages are saved in {path}; --resume "
+                                 "goes on with them, another --out begins anew")
+            if resume:
+                self.done |= pages
+            if number == process:
+                file.truncate(whole)        # but for a line that was cut
+                self.own = pages
+        if not self.own:
+            file.truncate(0)
+            self.write({"settings": settings})
+
+    def save(self, i, page):
+        self.own[str(i)] = page
+        self.write({i: page})
+
+    def write(self, content):
+        line = json.dumps(content).encode() + b"\n"
+        if self.file.write(line) < len(line):
+            raise OSError(f"{self.file.name}: no space left on the disk")
+
+
+def part_files(out):
+    """{number of a process: the file of its Progress} beside the result."""
+    found = [(re.fullmatch(re.escape(out.name) + r"\.part(\d+)", path.name), path)
+             for path in sorted(out.parent.iterdir())]
+    return {int(match[1]): path for match, path in found if match}
+
+
+def read_part(path):
+    """The settings and the pages in a file of a Progress, and how many of its bytes are whole
+    lines. Raises ValueError for a file of something else."""
+    try:
+        content = path.read_bytes()
+        if not b'{"settings": '.startswith(content[:13]):
+            raise ValueError
+        whole = content.rfind(b"\n") + 1
+        first, *lines = map(json.loads, content[:whole].splitlines() or ['{"settings": null}'])
+        return first["settings"], {i: page for line in lines for i, page in line.items()}, whole
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is not a file of ours; another --out is right") from None
+
+
+def checksum(paths, piece=2**20, pieces=64):
+    """Of files: a checksum (text) of their names, sizes and contents. Of more than 64 MiB it takes
+    64 evenly spaced ones: to read all of 14 GB would take longer than many a run."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(piece, size // pieces)):
+                file.seek(start)
+                digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+# ---- several processes, each with a share of the pages -------------------------------------------
+
+def process_and_processes(args):
+    """This process's number and that of all: 0 and 1 unless torchrun started it. On GPUs
+    args.device becomes its own."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{dist.get_node_local_rank()}"
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def gather(own):
+    """What every process has, in order. They may come hours apart.
+
+    The process group lives no longer than that: where one is left when Python ends, its threads can
+    abort the process ("terminate called without an active exception").
+    """
+    if not dist.is_torchelastic_launched():
+        return [own]
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    dist.destroy_process_group()
+    return gathered
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def parse_arguments(argv):
+def gini(values):
+    """Gini coefficient of non-negative values: 0 if all are alike, near 1 if one holds all."""
+    x, n = values.flatten().sort().values, values.numel()
+    return (2 * (torch.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n).item()
+
+
+def top_share(values, part):
+    """(how many values are the top `part` of them, what share of the sum these hold)."""
+    n = max(1, round(part * values.numel()))
+    return n, (values.flatten().sort(descending=True).values[:n].sum() / values.sum()).item()
+
+
+def summary(s, shades=" .:-=+*#%@"):
+    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is over all heads
+    and within each layer, and a map."""
+    (L, H), lines = s.shape, ["layer  head   share"]
+    for i in s.flatten().argsort(descending=True, stable=True)[:10].tolist():
+        lines.append(f"{i // H:5d} {i % H:5d} {s[i // H, i % H]:7.2%}")
+    for part in (0.01, 0.05, 0.10):
+        n, held = top_share(s, part)
+        lines.append(f"top {part:4.0%} ({n} of {L * H} heads) hold {held:.1%}")
+    lines += [f"Gini coefficient {gini(s):.3f}", "",
+              f"layer  share  top 1 %  5 %  10 %   heads 0 to {H - 1}"]
+    for l in range(L):
+        held = "  ".join(f"{top_share(s[l], part)[1]:4.0%}" if s[l].sum() > 0 else "   -"
+                         for part in (0.01, 0.05, 0.10))
+        cells = "".join(shades[min(len(shades) - 1, int(x * len(shades) / s.max()))] for x in s[l])
+        lines.append(f"{l:5d} {s[l].sum():6.1%}   {held}   |{cells}|")
+    return "\n".join(lines)
+
+
+def argument_parser():
     parser = OneLineParser(
         prog="score_heads.py",
         description="Count how often each head looks at the text that is being written.")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="FILE", help="annotated pages: SynthDoG-detection's JSON")
-    source.add_argument("--synthetic", choices=("all", *KINDS), default="all",
+    source.add_argument("--synthetic", default="all", metavar="KIND",
                         help="which pages to render if there is no --data (default all)")
-    parser.add_argument("--num", type=whole_number(1), default=1000, help="pages (default 1000)")
-    parser.add_argument("--images", type=whole_number(1), default=1, metavar="N",
+    parser.add_argument("--num", type=int, default=1000, help="pages (default 1000)")
+    parser.add_argument("--images", type=int, default=1, metavar="N",
                         help="pages in one prompt, transcribed one after the other (default 1)")
-    parser.add_argument("--width", type=whole_number(32), default=256, help="rendered page, pixels")
-    parser.add_argument("--height", type=whole_number(32), default=384, help="(default 256 x 384)")
+    parser.add_argument("--width", type=int, default=256, help="rendered page, pixels")
+    parser.add_argument("--height", type=int, default=384, help="(default 256 x 384)")
     parser.add_argument("--transcript", choices=("model", "truth"), default="model",
                         help="whose transcript is forced (default: the model's own)")
     parser.add_argument("--match", choices=tuple(MATCHES), default="aligned",
                         help="which tokens count (default: all that can be aligned with a box)")
-    parser.add_argument("--out", type=output_file, metavar="FILE",
+    parser.add_argument("--out", type=Path, metavar="FILE",
                         help=f"default: {SCORES_FILE} in the model's folder")
-    parser.add_argument("--heatmap", type=png_file, metavar="PNG",
+    parser.add_argument("--heatmap", type=Path, metavar="PNG",
                         help="also draw a layer x head map")
     parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
     add_model_arguments(parser)
-    return parser, parser.parse_args(argv)
+    return parser
 
 
-def main(argv=None):
-    parser, args = parse_arguments(argv)
-    rank, ranks = rank_and_ranks(args)
-    kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
-    name = Path(args.model).name if Path(args.model).is_dir() else args.model
-    settings = dict(model=name, data=args.data, synthetic=None if args.data else kinds,
-                    size=[args.width, args.height], seed=args.seed, match=args.match,
-                    transcript=args.transcript, dtype=args.dtype, images=args.images)
-    settings = json.loads(json.dumps(settings))                     # as they come back from a file
+def find_pages(args):
+    """The pages that are asked for: those of --data, or rendered ones, and what they are called in
+    the sidecar. Raises ValueError for arguments that are out of range."""
+    for option, value, least, most in (
+            ("--num", args.num, 1, 10**9), ("--images", args.images, 1, 1000),
+            ("--width", args.width, 32, 4096), ("--height", args.height, 32, 4096)):
+        if not least <= value <= most:
+            raise ValueError(f"{option}: {value} is not between {least} and {most}")
+    if args.data is not None:
+        return Annotated(args.data, args.num), None
     try:
-        pages = (Annotated(args.data, args.num) if args.data else
-                 Rendered(kinds, args.seed, (args.width, args.height), args.num))
-        pages = Sets(pages, args.images)
-        model = load(args.model, args.device, args.dtype)
-        out = args.out or model.folder / SCORES_FILE
-        progress, done = Progress.resume(out, rank, settings, args.resume)
-        errors = score_pages(model, pages, progress, done, rank, ranks, args.match, args.transcript)
-        for pages_of_rank, errors_of_rank in gather((progress.pages, errors)):
-            done |= pages_of_rank
-            errors |= errors_of_rank
-        if rank == 0:
+        from experiments.pages import KINDS
+        from experiments.sources import Rendered
+    except ImportError as error:
+        raise ValueError(f"--data: is needed, since there is no page renderer ({error})") from None
+    if args.synthetic not in ("all", *KINDS):
+        raise ValueError(f"--synthetic: {args.synthetic!r} is not one of all, {', '.join(KINDS)}")
+    kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
+    return Rendered(kinds, args.seed, (args.width, args.height), args.num), kinds
+
+
+def score(args):
+    """What the command does."""
+    if args.heatmap is not None:
+        check_output(args.heatmap, "--heatmap", ".png", inputs=(args.data, args.out))
+    if args.out is not None:
+        check_output(args.out, "--out", inputs=[args.data])
+    pages, kinds = find_pages(args)
+    process, processes = process_and_processes(args)
+    pages = Sets(pages, args.images)
+    model = load(args.model, args.device, args.dtype)
+    out = args.out or model.folder / SCORES_FILE
+    check_output(out, "--out", inputs=[args.data])
+    settings = dict(model=model.name, data=args.data, synthetic=kinds,
+                    size=[args.width, args.height], seed=args.seed, match=args.match,
+                    transcript=args.transcript, dtype=args.dtype, images=args.images,
+                    weights=checksum(weight_files(model.folder)),
+                    data_checksum=args.data and checksum([args.data]))
+    settings = json.loads(json.dumps(settings))                     # as they come back from a file
+    with open(f"{out}.part{process}", "a+b", buffering=0) as file:
+        progress = Progress(file, out, process, processes, settings, args.resume)
+        try:
+            errors, done = score_pages(model, pages, progress, process, processes, args.match,
+                                       args.transcript), progress.done
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {len(progress.done | progress.own)} pages are saved,"
+                                    " --resume goes on") from None
+        for pages_of_one, errors_of_one in gather((progress.own, errors)):
+            done |= pages_of_one
+            errors |= errors_of_one
+        if process == 0:
             finish(args, model, out, settings, len(pages), done, errors)
-    except ValueError as error:
-        parser.error(error)
 
 
 def finish(args, model, out, settings, num, done, errors):
     """Writes the score file, its sidecar and the heat map, and prints what they say."""
-    (L, H), done = (model.config.layers, model.config.heads), dict(done)
-    chosen = [done[str(i)] for i in range(num) if str(i) in done]
-    for i, error in sorted(errors.items())[:10]:
-        print(f"skipped page {i}: {error}")
+    L, H = model.config.layers, model.config.heads
+    chosen = [done[str(i)] for i in sorted(map(int, done)) if i < num]
+    errors = [f"page {i}: {error}" for i, error in sorted(errors.items())]
+    if not chosen:
+        raise ValueError(f"none of the {num} pages can be used; {errors[0]}")
     tokens, hits = (sum(page[what] for page in chosen) for what in ("tokens", "hits"))
     if hits == 0:
         raise ValueError(f"no head of {args.model} looked at a word while writing it: "
                          f"{len(chosen)} of {num} pages could be read, {tokens} tokens counted")
-    write_scores([torch.tensor(page["scores"]).view(L, H) for page in chosen], out)
+    write_scores([torch.tensor(page["scores"], dtype=torch.float64).view(L, H) for page in chosen],
+                 out)
     write_json(dict(settings, pages=len(chosen), skipped=len(errors), tokens=tokens, hits=hits),
                out.with_suffix(".about.json"))
-    for part in out.parent.glob(f"{out.name}.part*[0-9]"):
+    for part in part_files(out).values():
         part.unlink()
     s = read_head_scores(out, L, H)
     unit = "pages" if args.images == 1 else f"prompts of {args.images} pages"
-    print(f"{len(chosen)} {unit}, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
-          f"wrote {out}")
-    from experiments.draw import heat_map, summary
-    print(summary(s))
+    print(*(f"skipped {error}" for error in errors[:10]),
+          f"{len(chosen)} {unit}, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
+          f"wrote {out}", summary(s), sep="\n")
     if args.heatmap:
+        from experiments.draw import heat_map
         heat_map(s, args.heatmap, f"{settings['model']}: visual scores, {len(chosen)} pages")
+
+
+def main(argv=None):
+    argument_parser().run(score, argv)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""Facts about the method, each of which can fail. Everything is offline, on small random models and
-the ones in tiny/.
+"""Facts about the method, the models and the commands, each of which can fail. Everything is
+offline, on small random models and the ones in tiny/.
 
     pytest test_sparsemm.py
 
-Letters as in the scripts: L layers, H query heads, G KV heads, T prompt tokens, D head size, w
-window.
+Letters as in the scripts: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head
+size, w window.
 """
 
-import hashlib
-import importlib
+import ast
 import io
 import json
 import math
 import os
-import platform
 import random
 import re
 import resource
@@ -22,16 +20,18 @@ import socket
 import struct
 import subprocess
 import sys
+import zlib
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,25 +45,20 @@ import cache
 import model_llava
 import score_heads
 import sparsemm
-from cache import (METHODS, KVCache, allocate_budgets, fastv_length, fastv_survivors, make_method,
-                   observation_scores, select_entries)
-from experiments import draw, evaluate, metrics, miniatures, progress, sources
-from experiments.arguments import DEFAULT_MODEL, as_typed, open_image
-from experiments.drafts import continuation, write
-from experiments.report import show
+from cache import (METHODS, KVCache, PackedAttention, allocate_budgets, decode_attention,
+                   make_method, observed_attention, select_entries)
+from model_llava import open_image, prefill_attention
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)                   # enough for small models; processes run beside the tests
 HERE = Path(__file__).parent
 TINY = sorted(path.parent.name for path in (HERE / "tiny").glob("*/config.json"))
-FLOORS = [(name, *floor) for name in TINY for floor in (
-    ("form", (256, 128), 9), ("form", (256, 256), 8), ("receipt", (256, 256), 9),
-    ("table", (256, 256), 9), ("form", (512, 512), 8))]           # page, pixels, right of ten
 SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
 
 # ---- small random checkpoints, saved by transformers ---------------------------------------------
+
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
            "<|vision_end|>", "<|image_pad|>", "<unk>"]
@@ -234,289 +229,8 @@ def reference_logits(reference, ours, prompt, images):
         return reference(input_ids=prompt.ids[None], **inputs).logits[0]
 
 
-# ---- the forward pass ----------------------------------------------------------------------------
-
-SIZES = {"square": [(50, 50)], "wide": [(200, 30)], "tall": [(20, 90)], "small": [(9, 9)],
-         "odd": [(37, 53)], "two": [(60, 33), (31, 77)], "text": []}
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_logits_equal_transformers(checkpoints, name, sizes):
-    _, reference, ours = checkpoints[name]
-    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
-    prompt = model_llava.prepare(ours, images, "What is it?")
-    with torch.inference_mode():
-        logits = ours.logits(ours.hidden_states(prompt))
-    expected = reference_logits(reference, ours, prompt, images)
-    assert expected.std() > 0.5                                            # not all the same
-    assert (logits - expected).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_greedy_tokens_equal_transformers(checkpoints, name):
-    _, reference, ours = checkpoints[name]
-    images = [picture(45, 60)]
-    prompt = model_llava.prepare(ours, images, "What is the Total?")
-    inputs = dict(ours.processor.image_processor(images, return_tensors="pt"))
-    if ours.config.family == "qwen2_vl":
-        inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
-    with torch.no_grad():
-        expected = reference.generate(
-            input_ids=prompt.ids[None], **inputs, max_new_tokens=16, do_sample=False,
-            eos_token_id=sorted(ours.processor.end_tokens), pad_token_id=0)
-    result = sparsemm.generate(ours, images, "What is the Total?", "full", max_new_tokens=16)
-    assert result["token_ids"] == expected[0, len(prompt.ids):].tolist()
-    assert len(set(result["token_ids"])) > 1
-
-
-VICUNA_7B = dict(
-    model_type="llava_next", image_token_index=32000, vision_feature_layer=-2,
-    projector_hidden_act="gelu",
-    image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    torch_dtype="float16",
-    text_config=dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5,
-                     vocab_size=32064),
-    vision_config=dict(model_type="clip_vision_model", hidden_size=1024, image_size=336,
-                       intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
-                       patch_size=14, projection_dim=768, vocab_size=32000))
-MISTRAL_7B = dict(VICUNA_7B, tie_word_embeddings=False, text_config=dict(
-    model_type="mistral", intermediate_size=14336, max_position_embeddings=32768,
-    num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
-    vocab_size=32064))
-QWEN_7B = dict(
-    model_type="qwen2_vl", image_token_id=151655, video_token_id=151656,
-    vision_start_token_id=151652, vision_end_token_id=151653, hidden_act="silu", hidden_size=3584,
-    intermediate_size=18944, max_position_embeddings=32768, max_window_layers=28,
-    num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-6,
-    rope_theta=1e6, sliding_window=32768, use_sliding_window=False, tie_word_embeddings=False,
-    torch_dtype="bfloat16", vocab_size=152064,
-    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
-    vision_config=dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3,
-                       hidden_size=3584, patch_size=14, spatial_merge_size=2,
-                       spatial_patch_size=14, temporal_patch_size=2))
-QWEN_2B = dict(QWEN_7B, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
-               num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936,
-               vision_config=dict(QWEN_7B["vision_config"], hidden_size=1536))
-GEOMETRIES = {"vicuna": (VICUNA_7B, (32, 32, 32, 128, 1e4)),
-              "mistral": (MISTRAL_7B, (32, 32, 8, 128, 1e6)),
-              "qwen": (QWEN_7B, (28, 28, 4, 128, 1e6)),
-              "qwen-2b": (QWEN_2B, (28, 12, 2, 128, 1e6))}
-
-
-@pytest.mark.parametrize("config, expected", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-def test_published_checkpoints_have_exactly_our_tensors(tmp_path, config, expected):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    ours = model_llava.read_config(tmp_path)
-    assert (ours.layers, ours.heads, ours.kv_heads, ours.head_dim, ours.rope_theta) == expected
-    made = (LlavaNextForConditionalGeneration if ours.family == "llava_next"
-            else Qwen2VLForConditionalGeneration)
-    with torch.device("meta"):
-        reference = made(made.config_class.from_pretrained(tmp_path))
-        model = model_llava.MODELS[ours.family](ours)
-    theirs = {model_llava.hub_name(key, ours.family): tuple(p.shape)
-              for key, p in reference.named_parameters()}
-    assert {key: tuple(p.shape) for key, p in model.named_parameters()} == theirs
-
-
-def test_published_tensor_names():
-    """The hub's spelling, in which the two projects' tables could agree with each other and both be
-    wrong."""
-    with torch.device("meta"):
-        llava = model_llava.LlavaNext(
-            model_llava.convert_config(CHECKPOINTS["vicuna"](), "llava_next"))
-        qwen = model_llava.Qwen2VL(model_llava.convert_config(CHECKPOINTS["qwen"](), "qwen2_vl"))
-    assert {"image_newline", "language_model.lm_head.weight",
-            "language_model.model.embed_tokens.weight",
-            "language_model.model.layers.0.self_attn.q_proj.weight",
-            "multi_modal_projector.linear_1.bias",
-            "vision_tower.vision_model.embeddings.class_embedding",
-            "vision_tower.vision_model.pre_layrnorm.weight"} <= set(llava.state_dict())
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias",
-            "model.norm.weight", "visual.blocks.0.attn.qkv.weight", "visual.merger.ln_q.weight",
-            "visual.merger.mlp.2.bias", "visual.patch_embed.proj.weight"} <= set(qwen.state_dict())
-
-
-@pytest.mark.parametrize("name", ["mistral", "qwen"])
-def test_all_spellings_of_a_checkpoint_load_alike(checkpoints, tmp_path, name):
-    folder, reference, ours = checkpoints[name]
-    spellings = {"hub": {key: t.clone() for key, t in ours.state_dict().items()},
-                 "memory": {key: t.clone() for key, t in reference.state_dict().items()}}
-    old = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq" if name == "mistral" else \
-        "model.layers.0.self_attn.rotary_emb.inv_freq"
-    spellings["hub"][old] = torch.zeros(4)                            # some old files carry buffers
-    for spelling, tensors in spellings.items():
-        copy = tmp_path / spelling
-        shutil.copytree(folder, copy)
-        save_file(tensors, copy / "model.safetensors")
-        for key, tensor in model_llava.load(copy, "cpu", "float32").state_dict().items():
-            assert torch.equal(tensor, ours.state_dict()[key]), (spelling, key)
-
-
-def test_sharded_weights_load_alike(checkpoints, tmp_path):
-    write_checkpoint(tmp_path, "mistral", max_shard_size="40KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    expected = checkpoints["mistral"][2].state_dict()
-    for key, tensor in model_llava.load(tmp_path, "cpu", "float32").state_dict().items():
-        assert torch.equal(tensor, expected[key])
-
-
-def test_dtypes(checkpoints):
-    folder = checkpoints["qwen"][0]
-    for name in ("bfloat16", "float16"):
-        model = model_llava.load(folder, "cpu", name)
-        assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
-        result = sparsemm.generate(model, [picture(40, 40)], "Hi", "snapkv", budget=40,
-                                   max_new_tokens=3)
-        assert result["cache_bytes"] == 2 * 16 * 2 * sum(map(sum, result["kept"]))
-
-
-# ---- prompts -------------------------------------------------------------------------------------
-
-EXPECTED_PROMPTS = {"vicuna": "<s>USER: <image>\n<image>\nHi ASSISTANT:",
-                    "mistral": "<s>[INST] <image>\n<image>\nHi [/INST]",
-                    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-                            "<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n"
-                            "<|im_start|>assistant\n"}
-
-
-@pytest.mark.parametrize("name", EXPECTED_PROMPTS)
-def test_family_templates(checkpoints, name):
-    processor = checkpoints[name][2].processor
-    assert processor.tokenizer.decode(processor.token_ids(2, "Hi")) == EXPECTED_PROMPTS[name]
-
-
-def test_template_files_come_first_and_there_is_one_bos(checkpoints, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(checkpoints["vicuna"][0], folder)
-    template = "{{ bos_token }}MARK{% for part in messages[0].content %}" \
-               "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}" \
-               "{% endfor %}"
-    config = model_llava.read_config(folder)
-    text = lambda: (p := model_llava.Processor(folder, config)).tokenizer.decode(
-        p.token_ids(1, "Hi"))
-    (folder / "chat_template.json").write_text(
-        json.dumps({"chat_template": template.replace("MARK", "J")}))
-    assert text() == "<s>J<image>Hi"
-    (folder / "chat_template.jinja").write_text(template.replace("MARK", "X"))
-    assert text() == "<s>X<image>Hi"
-
-
-def test_end_tokens(checkpoints, tmp_path):
-    folder, _, ours = checkpoints["vicuna"]
-    assert ours.processor.end_tokens == {VOCABULARY["</s>"], VOCABULARY["<|im_end|>"]}
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert model_llava.Processor(copy, ours.config).end_tokens == {7}
-    (copy / "generation_config.json").unlink()
-    assert model_llava.Processor(copy, ours.config).end_tokens == {VOCABULARY["</s>"]}
-
-
-def test_generation_stops_at_any_end_token(checkpoints):
-    ours = checkpoints["vicuna"][2]
-    tokens = sparsemm.generate(ours, [picture(40, 40)], "Go", "full", max_new_tokens=9)["token_ids"]
-    before, ours.processor.end_tokens = ours.processor.end_tokens, {tokens[3], 0}
-    try:
-        result = sparsemm.generate(ours, [picture(40, 40)], "Go", "full", max_new_tokens=9)
-    finally:
-        ours.processor.end_tokens = before
-    assert result["token_ids"] == tokens[:tokens.index(tokens[3]) + 1]
-
-
-# ---- what every image token shows ----------------------------------------------------------------
-
-def seen_pixels(model, image, token, trials):
-    """Which of the `trials` (x, y) pixels of a black image change this token's pixels when painted
-    white, found by painting them one by one and running the image processor."""
-    def values(picture):
-        processed = model.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-        return processed[0] if processed.dim() == 5 else processed
-    black = Image.new("RGB", (image.size[1], image.size[0]))
-    base, seen = values(black), []
-    for x, y in trials:
-        painted = black.copy()
-        painted.putpixel((x, y), (255, 255, 255))
-        difference = (values(painted) - base).abs()
-        seen.append(peak_token(model, image, difference) == token)
-    return seen
-
-
-def peak_token(model, image, difference):
-    """The grid token whose own pixels changed most."""
-    if model.config.family == "qwen2_vl":
-        merge = model.config.vision.spatial_merge_size ** 2
-        return int(difference.view(-1, merge * difference.shape[1]).sum(1).argmax())
-    s, patch = model.side, model.config.vision.patch_size
-    best = model_llava.best_resolution(image.size, model.config.pinpoints)
-    rows, columns = best[0] // (s * patch), best[1] // (s * patch)
-    tiles = (difference[1:].sum(1).view(rows, columns, s, patch, s, patch)
-             .sum((3, 5)))                                             # (rows, columns, s, s)
-    plane = tiles.transpose(1, 2).reshape(rows * s, columns * s)
-    r, c = divmod(int(plane.argmax()), columns * s)
-    down, across = model_llava.unpadded(rows * s, columns * s, image.size)
-    if not (down.start <= r < down.stop and across.start <= c < across.stop):
-        return None                                                      # cut away with the padding
-    return s * s + (r - down.start) * (image.grid[1] + 1) + c - across.start
-
-
-@pytest.mark.parametrize("size", [(50, 40), (130, 30), (25, 99), (61, 61)])
-@pytest.mark.parametrize("name", ["vicuna", "qwen"])
-def test_boxes_say_which_pixels_a_token_shows(checkpoints, name, size):
-    """A pixel painted white is brightest in the token whose box it lies in."""
-    ours = checkpoints[name][2]
-    image = model_llava.prepare(ours, [Image.new("RGB", size)], "Hi").images[0]
-    rng = random.Random(3)
-    for _ in range(25):
-        x, y = rng.randrange(size[0]), rng.randrange(size[1])
-        centre = torch.tensor([x + 0.5, y + 0.5], dtype=torch.float64)
-        inside = ((image.boxes[:, :2] <= centre).all(1) & (centre < image.boxes[:, 2:]).all(1)
-                  & (image.kinds == 1))
-        edge = (image.boxes[inside].view(-1, 2, 2) - centre).abs().min() if inside.any() else 0
-        if edge < 1.0:
-            continue                                         # on a border, either neighbour will do
-        assert seen_pixels(ours, image, int(inside.nonzero()[0, 0]), [(x, y)]) == [True]
-
-
-@pytest.mark.parametrize("name", ["vicuna", "qwen"])
-def test_boxes_tile_the_image(checkpoints, name):
-    """Grid boxes do not overlap, lie in the image and, where no padding was cut with an edge of it,
-    cover it."""
-    ours = checkpoints[name][2]
-    for size in [(56, 56), (84, 28), (40, 50), (130, 33)]:
-        image = model_llava.prepare(ours, [Image.new("RGB", size)], "Hi").images[0]
-        x0, y0, x1, y1 = image.boxes[image.kinds == 1].unbind(1)
-        assert (x0 >= 0).all() and (x1 <= size[0]).all() \
-            and (y0 >= 0).all() and (y1 <= size[1]).all()
-        area = ((x1 - x0) * (y1 - y0)).sum().item()
-        assert area == pytest.approx(size[0] * size[1], rel=0.12 if name == "vicuna" else 1e-9)
-        assert area <= size[0] * size[1] * (1 + 1e-9)
-        thumbnail = image.boxes[image.kinds == 0]
-        assert ((thumbnail[:, 2] - thumbnail[:, 0])
-                * (thumbnail[:, 3] - thumbnail[:, 1])).sum().item() == \
-            pytest.approx(size[0] * size[1] * (name == "vicuna"))
-        assert (image.boxes[image.kinds == 2] == 0).all()
-        assert (image.kinds == 2).sum() == (image.grid[0] if name == "vicuna" else 0)
-
-
-def test_published_llava_lays_out_as_many_tokens_as_transformers(tmp_path):
-    from transformers import LlavaNextProcessor
-    from transformers.image_processing_utils import select_best_resolution
-    (tmp_path / "config.json").write_text(json.dumps(VICUNA_7B))
-    with torch.device("meta"):
-        model = model_llava.LlavaNext(model_llava.read_config(tmp_path))
-    rng, pins = random.Random(0), VICUNA_7B["image_grid_pinpoints"]
-    for size in [(336, 672), (1, 700), (700, 1), *((rng.randint(20, 3000), rng.randint(20, 3000))
-                                                   for _ in range(200))]:
-        down, across = (edge // 336 for edge in select_best_resolution(size, pins))
-        grid, newlines = LlavaNextProcessor._get_unpadded_features(
-            None, *size, 24, 24, down, across)
-        image = model.lay_out(size, None)
-        assert (len(image), image.grid[0]) == (24 * 24 + grid + newlines, newlines), size
-
-
 # ---- budgets -------------------------------------------------------------------------------------
+
 
 def test_budgets_by_hand():
     """2 layers x 2 heads, b = 64, w = 32, rho = 0.1: r = 3.2, to share by score 4 * 32 * 0.9 =
@@ -608,13 +322,20 @@ def test_budgets_equal_a_slow_twin():
             assert torch.equal(got, slow_budgets(*arguments, redistribute)), arguments
 
 
+def test_scores_of_any_size_share_out_the_whole_budget():
+    """However far apart, and where their sum is no number."""
+    budgets = allocate_budgets([[1, 1e-310, 1e-310, 1e-310]], 100, 150)
+    assert budgets.tolist() == [[150, 84, 83, 83]]
+    assert allocate_budgets([[1e300, 1e308, 1e308]], 100, 1000).tolist() == [[39, 131, 130]]
+
+
 @pytest.mark.parametrize("change", [
     dict(budget=31), dict(window=0), dict(rho=1.5), dict(rho=math.nan),
-    dict(scores=torch.zeros(2, 2)), dict(scores=-torch.ones(2, 2)), dict(length=0),
-    dict(scores=torch.tensor([[math.nan, 1]])), dict(length=[5, 5, 5])])
+    dict(head_scores=torch.zeros(2, 2)), dict(head_scores=-torch.ones(2, 2)), dict(length=0),
+    dict(head_scores=torch.tensor([[math.nan, 1]])), dict(length=[5, 5, 5])])
 def test_allocate_budgets_rejects(change):
     with pytest.raises(ValueError):
-        allocate_budgets(**{**dict(scores=torch.ones(2, 2), budget=64, length=100), **change})
+        allocate_budgets(**{**dict(head_scores=torch.ones(2, 2), budget=64, length=100), **change})
 
 
 def test_pyramid_budgets():
@@ -642,26 +363,27 @@ def test_adakv_budgets():
 
 def test_every_method_spends_the_same_total():
     q, k = torch.randn(6, 90, 8), torch.randn(3, 90, 8)
-    scores = torch.rand(4, 6)
     for name in METHODS[1:]:
-        method = make_method(name, 4, 3, 90, budget=50, scores=scores)
-        total = sum(int(method.budgets(l, method.rank(q, k, 32)).sum()) for l in range(4))
+        method = make_method(name, 4, 3, 90, budget=50, head_scores=torch.rand(4, 6))
+        total = sum(int(method.budgets(l, method.position_scores(q, k, 32)).sum())
+                    for l in range(4))
         assert total == 4 * 3 * 50, name
 
 
 def test_random_and_shuffled_are_drawn_once_from_the_seed():
     scores = torch.rand(4, 6, dtype=torch.float64) ** 4
     for name in ("random", "shuffled"):
-        first, again, other = (cache.head_weights(name, 4, 3, scores, seed) for seed in (1, 1, 2))
+        first, again, other = (cache.shared_out_by(name, 4, 3, scores, seed) for seed in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
     visual = cache.kv_head_scores(scores, 3)
     assert torch.allclose(visual[:, 0],
                           scores[:, 0] + scores[:, 1])             # heads 0 and 1 share KV head 0
-    assert torch.equal(cache.head_weights("shuffled", 4, 3, scores, 0).flatten().sort().values,
+    assert torch.equal(cache.shared_out_by("shuffled", 4, 3, scores, 0).flatten().sort().values,
                        visual.flatten().sort().values)
 
 
-# ---- selection -----------------------------------------------------------------------------------
+# ---- which entries -------------------------------------------------------------------------------
+
 
 def brute_force_observation(q, k, window, kernel):
     (H, T, D), G = q.shape, k.shape[0]
@@ -682,34 +404,31 @@ def brute_force_observation(q, k, window, kernel):
 
 @pytest.mark.parametrize("H, G, T, D, w, kernel", [(4, 4, 20, 8, 5, 5), (6, 2, 17, 4, 3, 3),
                                                    (2, 1, 9, 16, 8, 5), (3, 3, 12, 8, 1, 1)])
-def test_observation_scores_equal_brute_force(H, G, T, D, w, kernel):
+def test_observed_attention_equals_brute_force(H, G, T, D, w, kernel):
     torch.manual_seed(T)
     q, k = torch.randn(H, T, D), torch.randn(G, T, D)
-    assert torch.allclose(observation_scores(q, k, w, kernel),
+    assert torch.allclose(observed_attention(q, k, w, kernel),
                           brute_force_observation(q, k, w, kernel), atol=1e-6)
 
 
-def test_observation_of_a_prompt_within_the_window_is_empty():
-    assert observation_scores(torch.randn(4, 10, 8), torch.randn(2, 10, 8),
-                              window=32).shape == (2, 0)
+def test_a_prompt_within_the_window_has_no_positions_to_choose_from():
+    q, k = torch.randn(4, 10, 8), torch.randn(2, 10, 8)
+    assert observed_attention(q, k, window=32).shape == (2, 0)
+    assert select_entries(torch.empty(2, 0), torch.tensor([10, 10]), 10).all()
 
 
-def test_observation_scores_are_float32_for_half_precision():
-    assert observation_scores(torch.randn(2, 40, 8).bfloat16(),
-                              torch.randn(2, 40, 8).bfloat16()).dtype == torch.float32
-
-
-def test_select_entries():
-    assert select_entries(torch.tensor([0.1, 0.9, 0.3, 0.9, 0.3]), 3).tolist() == \
-        [1, 2, 3]                                                      # tie at 0.3: the lower
-    assert select_entries(torch.zeros(6), 4).tolist() == [0, 1, 2, 3]
-    assert select_entries(torch.rand(5), 0).tolist() == []
+def test_selected_are_the_best_and_the_window():
+    a = torch.tensor([[0.1, 0.9, 0.3, 0.9, 0.3], [0.0, 0, 0, 0, 0]])             # T - w = 5
+    keep = select_entries(a, torch.tensor([5, 4]), 7)
+    assert keep.nonzero().tolist() == [[0, 1], [0, 2], [0, 3], [0, 5], [0, 6],        # tie: lower
+                                       [1, 0], [1, 1], [1, 5], [1, 6]]
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        scores = torch.randint(0, 6, (30,), generator=generator).float()
-        n = int(torch.randint(0, 31, (1,), generator=generator))
-        expected = sorted(sorted(range(30), key=lambda i: (-scores[i].item(), i))[:n])
-        assert select_entries(scores, n).tolist() == expected
+        a = torch.randint(0, 6, (3, 30), generator=generator).float()
+        budgets = torch.randint(4, 35, (3,), generator=generator)
+        for scores, n, kept in zip(a, budgets.tolist(), select_entries(a, budgets, 34)):
+            best = sorted(range(30), key=lambda i: (-scores[i].item(), i))[:n - 4]
+            assert kept.nonzero()[:, 0].tolist() == sorted(best) + [30, 31, 32, 33]
 
 
 def test_window_keeps_the_last_and_streaming_the_first_four_too():
@@ -717,37 +436,273 @@ def test_window_keeps_the_last_and_streaming_the_first_four_too():
     kept = {}
     for name in ("window", "streaming"):
         method = make_method(name, 1, 2, 60, budget=40, window=8)
-        scores = method.rank(q, k, 8)
-        kept[name] = select_entries(scores[0], 32).tolist() + list(range(52, 60))
+        a = method.position_scores(q, k, 8)
+        kept[name] = select_entries(a, method.budgets(0, a), 60)[0].nonzero()[:, 0].tolist()
     assert kept["window"] == list(range(20, 60))
     assert kept["streaming"] == [0, 1, 2, 3] + list(range(24, 60))
 
 
-# ---- the cache -----------------------------------------------------------------------------------
+# ---- the cache, and decoding from it -------------------------------------------------------------
 
-def test_cache_holds_what_it_keeps_and_appending_moves_nothing():
+
+def filled_cache(G, lengths, D=8, w=4, R=2, T=60, dtype=torch.float32):
+    """A cache of one layer whose heads keep lengths[g] entries, window included, of T random ones;
+    and these keys and values (G, T, D)."""
+    k, v = torch.randn(G, T, D).to(dtype), torch.randn(G, T, D).to(dtype)
+    plan = cache.Method(lambda layer, a: torch.tensor(lengths), observed_attention)
+    held = KVCache(plan, w)
+    held.compress(0, torch.randn(G * R, T, D).to(dtype), k, v)
+    return held, k, v
+
+
+def test_heads_hold_what_was_selected_and_appending_moves_nothing():
     torch.manual_seed(0)
-    G, T, D, w = 2, 30, 4, 5
-    q, k, v = torch.randn(4, T, D), torch.randn(G, T, D), torch.randn(G, T, D)
-    held = KVCache(make_method("snapkv", 1, G, T, budget=12, window=w), w, reserve=3)
+    G, T, D, w, q = 2, 30, 4, 5, torch.randn(4, 30, 4)
+    k, v = torch.randn(G, T, D), torch.randn(G, T, D)
+    held = KVCache(make_method("snapkv", 1, G, T, budget=12, window=w), w)
     held.compress(0, q, k, v)
-    scores = observation_scores(q, k, w)
-    pointers = [[t.data_ptr() for t in head] for head in held[0]]
-    new = []
-    for step in range(3):
-        for g in range(G):
-            keep = select_entries(scores[g], 12 - w)
-            selected_k, recent_k, selected_v, recent_v = held[0][g]
-            assert torch.equal(selected_k, k[g, keep]) and torch.equal(selected_v, v[g, keep])
-            assert torch.equal(recent_k, torch.cat([k[g, -w:], *(a[g] for a, _ in new)]))
-            assert torch.equal(recent_v, torch.cat([v[g, -w:], *(b[g] for _, b in new)]))
-        assert held.kept == [[12 + step] * G]
-        assert held.num_bytes() == 2 * D * 4 * G * (12 + step)
-        new.append((torch.randn(G, 1, D), torch.randn(G, 1, D)))
-        held.append(0, *new[-1])
-        assert [[t.data_ptr() for t in head] for head in held[0]] == pointers
-    with pytest.raises(ValueError, match="reserve"):
-        held.append(0, *new[0])
+    keep = select_entries(observed_attention(q, k, w), torch.tensor([12, 12]), T)
+    expected = [(k[g, keep[g]], v[g, keep[g]]) for g in range(G)]
+    for step in range(cache.ROOM):
+        pointers = [[x.data_ptr() for x in head] for head in held[0]]
+        for (K, V), (expected_k, expected_v) in zip(held[0], expected):
+            assert torch.equal(K, expected_k) and torch.equal(V, expected_v)
+        assert held.held() == [[12 + step] * G]
+        assert held.held_bytes() == 2 * D * 4 * G * (12 + step)
+        new_k, new_v = torch.randn(G, 1, D), torch.randn(G, 1, D)
+        assert not held.extend()
+        held.append(0, new_k, new_v)
+        expected = [(torch.cat([a, new_k[g]]), torch.cat([b, new_v[g]]))
+                    for g, (a, b) in enumerate(expected)]
+        assert [[x.data_ptr() for x in head] for head in held[0]] == pointers
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [4, 21]])
+def test_room_grows_in_steps_and_what_is_held_stays(lengths):
+    """What is allocated does not depend on how many tokens may come, but on how many came."""
+    torch.manual_seed(0)
+    held, k, _ = filled_cache(2, lengths)
+    first = held.allocated_bytes()
+    assert first == (sum(lengths) + 2 * cache.ROOM) * 2 * 8 * 4
+    expected, moves = [K.clone() for K, _ in held[0]], []
+    for step in range(5 * cache.ROOM):
+        new = torch.randn(2, 1, 8)
+        moves.append(held.extend())
+        held.append(0, new, new)
+        expected = [torch.cat([K, row]) for K, row in zip(expected, new)]
+    assert [i for i, moved in enumerate(moves) if moved] == [cache.ROOM, 2 * cache.ROOM,
+                                                             4 * cache.ROOM]
+    for (K, V), old in zip(held[0], expected):
+        assert torch.equal(K, old) and torch.equal(V[-5 * cache.ROOM:], old[-5 * cache.ROOM:])
+    assert held.allocated_bytes() == (sum(lengths) + 2 * 8 * cache.ROOM) * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (5, 1)])
+def test_decode_attention_and_its_packed_twin_equal_softmax_by_hand(H, G):
+    """For heads that hold equally many entries, unequally many, and nothing but the window; while
+    the cache grows, and after its tensors were moved."""
+    torch.manual_seed(0)
+    for lengths in ([4] * G, [11] * G, [4 + (13 * g) % 40 for g in range(1, G + 1)]):
+        held, _, _ = filled_cache(G, lengths, R=H // G)
+        packed = None
+        for _ in range(cache.ROOM + 3):
+            q, new = torch.randn(H, 1, 8), torch.randn(2, G, 1, 8)
+            if held.extend() or packed is None:
+                packed = PackedAttention(held)
+            else:
+                packed.extend()
+            out = packed.attend(0, q, *new)                                    # appends, too
+            for h in range(H):
+                K, V = held[0][h * G // H]
+                assert torch.equal(K[-1], new[0, h * G // H, 0])
+                p = (K @ q[h, 0] / math.sqrt(8)).softmax(0)
+                assert (out[h, 0] - p @ V).abs().max() < 1e-5
+            assert (decode_attention(q, held[0]) - out).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [100, 1000, 5000])
+@pytest.mark.parametrize("lengths", [[30, 30], [5, 51]])
+def test_large_logits_are_exact_in_half_precision(dtype, size, lengths):
+    """A constant in one channel, such as key biases make in Qwen2-VL, lifts the logits to `size`: a
+    head's output, of the loop, of the packed twin and in prefill, is that of float64 on the same
+    numbers, and position scores are those of float64, too."""
+    torch.manual_seed(0)
+    G, R, D, T = 2, 3, 32, 60
+    root = math.sqrt(size * math.sqrt(D))
+    q, k, v = torch.randn(G * R, T, D), torch.randn(G, T, D), torch.randn(G, T, D)
+    q[:, :, 0], k[:, :, 0] = root, root * (1 + torch.rand(G, T) / 500)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    plan = cache.Method(lambda layer, a: torch.tensor(lengths), observed_attention)
+    held = KVCache(plan, 4)
+    held.compress(0, q, k, v)
+    held.extend()
+    packed = PackedAttention(held)
+    outputs = {"packed": packed.attend(0, q[:, -1:], k[:, -1:], v[:, -1:])}
+    outputs["loop"] = decode_attention(q[:, -1:], held[0])
+    for name, out in outputs.items():
+        for h in range(G * R):
+            K, V = (x.double() for x in held[0][h // R])
+            p = (K @ q[h, -1].double() / math.sqrt(D)).softmax(0)
+            assert (out[h, 0] - p @ V).norm() < 0.01 * (p @ V).norm(), (name, h)
+    exact = prefill_attention(q.double(), k.double(), v.double())
+    assert (prefill_attention(q, k, v) - exact).norm() < 0.01 * exact.norm()
+    a, exact = observed_attention(q, k, 4), observed_attention_in_float64(q, k, 4)
+    assert a.dtype == torch.float32 and (a - exact).abs().max() < 0.01 * exact.max()
+
+
+def observed_attention_in_float64(q, k, w):
+    """As brute_force_observation, in one product."""
+    (H, T, D), G = q.shape, len(k)
+    logits = q[:, -w:].double() @ k.double().repeat_interleave(H // G, 0).transpose(1, 2)
+    logits = logits.masked_fill(torch.ones(w, T).triu(T - w + 1).bool(), -math.inf) / math.sqrt(D)
+    a = logits.softmax(-1)[:, :, :T - w].mean(1).view(G, H // G, -1).mean(1)
+    return F.avg_pool1d(a[:, None], 5, stride=1, padding=2)[:, 0]
+
+
+def biased_qwen(size):
+    """A random Qwen2-VL whose query and key biases lift all logits to about `size`: a constant in
+    the channel that hardly turns with the position, and which nothing else writes to."""
+    torch.manual_seed(1)
+    config = model_llava.convert_config(qwen_config(2, 4, 2, 32, False, (6, 5, 5)), "qwen2_vl")
+    config = replace(config, rope_theta=1e12)
+    model = model_llava.Qwen2VL(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        wide = parameter.dim() > 1 and "embed" not in name
+        parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]) if wide else 1)
+        parameter.fill_(1) if "norm" in name else None
+    D = config.head_dim
+    for layer in model.model.layers:
+        qkv = layer.self_attn.qkv_proj
+        of_q_and_k = slice(config.heads + config.kv_heads)
+        for channel, bias in ((D // 2 - 1, math.sqrt(size * math.sqrt(D))), (D - 1, 0)):
+            qkv.weight.view(-1, D, config.width)[of_q_and_k, channel] = 0
+            qkv.bias.view(-1, D)[of_q_and_k, channel] = bias
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", [100, 1000, 5000])
+def test_decoding_with_large_biases_in_bfloat16_agrees_with_a_fused_kernel(size):
+    """Forced tokens, bfloat16: how often the likeliest next token is that of float32, for decoding
+    from the cache and for one pass of scaled_dot_product_attention over everything. (Of logits that
+    are rounded to bfloat16 it is 90, 66 and 67 % of the tokens, of these here 97 and 98 %.)"""
+    model = biased_qwen(size)
+    c, ids = model.config, torch.randint(0, model.config.vocabulary, (160,))
+    prompt, n = model_llava.Prompt(ids, torch.arange(160).expand(3, -1), [], [], []), 100
+    with torch.inference_mode():
+        exact = model.logits(model.hidden_states(prompt)[-n - 1:-1]).argmax(-1)
+        model = model.bfloat16()
+        fused = model.logits(model.hidden_states(prompt)[-n - 1:-1]).argmax(-1)
+        short = model_llava.Prompt(ids[:160 - n - 1], prompt.positions[:, :160 - n - 1], [], [], [])
+        held = KVCache(make_method("full", c.layers, c.kv_heads, len(short.ids)))
+        sparsemm.prefill(model, short, held)
+        decoded = torch.stack([sparsemm.decode(model, held, int(ids[i]), i)
+                               for i in range(160 - n - 1, 159)]).argmax(-1)
+    by_fused, by_decoding = ((x == exact).double().mean().item() for x in (fused, decoded))
+    assert by_decoding > by_fused - 0.05, (by_decoding, by_fused)
+
+
+def forced_logits(model, prompt, tokens, held, packed=False):
+    """Logits (len(tokens), vocabulary) while `tokens` are forced after a prefill into the cache
+    `held`; packed: by the twin of decode_attention for CUDA."""
+    logits, twin = [], None
+    with torch.inference_mode():
+        sparsemm.prefill(model, prompt, held)
+        for position, token in enumerate(tokens, prompt.next_position):
+            if not packed:
+                logits.append(sparsemm.decode(model, held, token, position))
+                continue
+            moved = held.extend()
+            twin = PackedAttention(held) if moved or twin is None else twin
+            if len(logits):
+                twin.extend()
+            logits.append(model.decode(token, position, twin.attend))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+@pytest.mark.parametrize("packed", [False, True], ids=["loop", "packed"])
+def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method, packed):
+    """transformers' full attention, with a mask that hides from the new tokens what each head has
+    dropped."""
+    _, reference, ours = checkpoints[name]
+    c, images, tokens, w = ours.config, [picture(64, 50)], [40, 41, 60, 33, 70], 6
+    prompt = model_llava.prepare(ours, images, "What is it?")
+    T, n, kept = len(prompt.ids), len(tokens), []                                # (G, T) per layer
+    monkeypatch.setattr(cache, "select_entries",
+                        lambda *arguments: kept.append(select_entries(*arguments)) or kept[-1])
+    plan = make_method(method, c.layers, c.kv_heads, T, budget=20, window=w,
+                       head_scores=torch.rand(c.layers, c.heads))
+    logits = forced_logits(ours, prompt, tokens, KVCache(plan, w), packed)
+    if method != "full":
+        assert torch.stack(kept).sum() == 20 * c.layers * c.kv_heads
+
+    def mask(layer):
+        seen = torch.ones(T + n, T + n).tril().bool().repeat(c.heads, 1, 1)
+        seen[:, T:, :T] &= kept[layer].repeat_interleave(c.heads // c.kv_heads, 0)[:, None]
+        return torch.zeros(1, c.heads, T + n, T + n).masked_fill(~seen, -torch.inf)
+
+    layers = reference.model.language_model.layers
+    hooks = [layer.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs, m=mask(l): (args, {**kwargs, "attention_mask": m}),
+        with_kwargs=True) for l, layer in enumerate(layers)]
+    try:
+        expected = reference_logits(reference, ours, prompt.extended(tokens), images)[T:]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (logits - expected).abs().max() < 1e-4
+
+
+def test_full_method_equals_no_cache_at_all(checkpoints):
+    for name, (_, _, ours) in checkpoints.items():
+        images = [picture(70, 40)]
+        result = sparsemm.generate(ours, images, "Read this.", "full", max_new_tokens=8)
+        prompt, tokens = model_llava.prepare(ours, images, "Read this."), []
+        with torch.inference_mode():
+            for _ in result["token_ids"]:
+                hidden = ours.hidden_states(prompt.extended(tokens))
+                tokens.append(int(ours.logits(hidden[-1]).argmax()))
+        assert tokens == result["token_ids"], name
+        assert result["kept"] == [[len(prompt.ids)] * ours.config.kv_heads] * ours.config.layers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_beyond_the_prompt_equals_full(checkpoints, method):
+    ours = checkpoints["mistral"][2]
+    scores = torch.rand(ours.config.layers, ours.config.heads)
+    arguments = dict(images=[picture(60, 60)], prompt="What?", max_new_tokens=6,
+                     head_scores=scores)
+    full = sparsemm.generate(ours, method="full", **arguments)
+    T = full["prompt_tokens"]
+    for budget in (T, T + 100):
+        result = sparsemm.generate(ours, method=method, budget=budget, **arguments)
+        assert (result["token_ids"], result["kept"]) == (full["token_ids"], full["kept"])
+        assert result["cache_bytes"] == full["cache_bytes"] == full["full_cache_bytes"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_token_is_that_of_the_full_cache(checkpoints, method):
+    """A layer is compressed behind its prefill attention: whatever is kept, prefill saw it all."""
+    ours, images = checkpoints["qwen"][2], [picture(90, 120)]
+    first = {sparsemm.generate(ours, images, "What is it?", name, 33, head_scores=torch.rand(3, 6),
+                               max_new_tokens=1)["token_ids"][0] for name in ("full", method)}
+    assert len(first) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_equals_cpu(checkpoints, method):
+    for name in ("vicuna", "mistral", "qwen"):
+        folder, _, ours = checkpoints[name]
+        there = model_llava.load(folder, "cuda", "float32")
+        arguments = dict(images=[picture(64, 50)], prompt="What is it?", method=method, budget=40,
+                         head_scores=torch.ones(ours.config.layers, ours.config.heads).cumsum(1),
+                         max_new_tokens=cache.ROOM + 6)
+        results = [sparsemm.generate(model, **arguments) for model in (ours, there)]
+        assert results[0]["token_ids"] == results[1]["token_ids"]
+        assert results[0]["kept"] == results[1]["kept"]
 
 
 TURNS = {"vicuna": "</s>USER: So? ASSISTANT:", "mistral": "</s>[INST] So? [/INST]",
@@ -782,9 +737,9 @@ def test_second_question_goes_on_from_what_was_kept(checkpoints):
     settings = dict(method="snapkv", budget=40, max_new_tokens=4)
     talk = sparsemm.Conversation(ours, images, **settings)
     first = talk.ask("What is it?")
-    pointers = [layer.packed_k.data_ptr() for layer in talk.cache.layers]
+    pointers = [keys.data_ptr() for keys in talk.cache.keys]
     second = talk.ask("So?")
-    assert [layer.packed_k.data_ptr() for layer in talk.cache.layers] == pointers
+    assert [keys.data_ptr() for keys in talk.cache.keys] == pointers
     appended = second["prompt_tokens"] - first["prompt_tokens"]
     assert second["kept"] == [[n + appended for n in layer] for layer in first["kept"]]
     fresh = sparsemm.Conversation(ours, images, **settings, fresh=True)
@@ -792,245 +747,122 @@ def test_second_question_goes_on_from_what_was_kept(checkpoints):
     assert again[0]["token_ids"] == first["token_ids"]
     assert again[1]["prompt_tokens"] == second["prompt_tokens"]
     assert again[1]["kept"] == [[40] * 2] * 3
-    anew = sparsemm.Conversation(ours, images, **settings)
-    anew.inputs = replace(fresh.inputs, ids=fresh.inputs.ids[:second["prompt_tokens"]],
-                          positions=fresh.inputs.positions[:, :second["prompt_tokens"]])
+    T = second["prompt_tokens"]
+    prompt = replace(fresh.inputs, ids=fresh.inputs.ids[:T],
+                     positions=fresh.inputs.positions[:, :T])
     with torch.inference_mode():
-        assert anew.prefill().argmax() == again[1]["token_ids"][0]
+        anew = sparsemm.prefill(ours, prompt, sparsemm.new_cache(ours, T, 4, "snapkv", 40, 32))
+    assert anew.argmax() == again[1]["token_ids"][0]
 
 
-@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
-def test_fastv_hides_the_image_tokens_that_the_last_query_looks_at_least(checkpoints, monkeypatch,
-                                                                         name):
-    """Which ones: by transformers' attention maps. What then: full attention under a mask that
-    hides them from layer K on."""
-    _, reference, ours = checkpoints[name]
-    K, share, images = 1, 0.4, [picture(60, 50)]
-    prompt = model_llava.prepare(ours, images, "What is it?")
-    image, T = prompt.ids == ours.config.image_token, len(prompt.ids)
-    inputs = dict(ours.processor.image_processor(images, return_tensors="pt"))
-    if name == "qwen":
-        inputs["mm_token_type_ids"] = image.int()[None]
-    with torch.no_grad():
-        maps = reference(input_ids=prompt.ids[None], output_attentions=True, **inputs).attentions
-    looked_at = maps[K - 1][0, :, -1].mean(0)
-    stays = looked_at >= looked_at[image].sort(descending=True).values[
-        round(share * int(image.sum())) - 1]
-    left = (stays | ~image).nonzero()[:, 0]
-    chosen = []
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, views aside, and notes the largest tensor that comes out."""
+    VIEWS = ("view", "t", "numpy_T", "transpose", "split", "split_with_sizes", "chunk", "slice",
+             "select", "unbind", "expand", "flatten", "unsqueeze", "permute", "to", "detach",
+             "_reshape_alias", "lift_fresh", "item", "_unsafe_view")
 
-    def survivors(q, k):
-        chosen.append(fastv_survivors(q, k, image, share))
-        return chosen[0]
-
-    with torch.inference_mode():
-        hidden = ours.hidden_states(prompt, drop=(K - 1, survivors))
-    assert chosen[0].tolist() == left.tolist()
-    assert len(left) == fastv_length(image, share) == len(hidden) < T
-
-    calls = []
-
-    def hiding(q, k, v):
-        calls.append(0)
-        seen = torch.ones(T, T, dtype=torch.bool).tril()
-        if len(calls) > K:
-            seen[:, ~(stays | ~image)] = False
-            seen |= torch.eye(T, dtype=torch.bool)                  # rows that nobody will read
-        return torch.nn.functional.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)[0]
-
-    monkeypatch.setattr(model_llava, "fast_prefill_attention", hiding)
-    with torch.inference_mode():
-        expected = ours.hidden_states(prompt)[left]
-    assert (hidden - expected).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_fastv_leaves_its_layers_less_to_share(checkpoints, method):
-    ours, images = checkpoints["qwen"][2], [picture(90, 120)]
-    c, scores = ours.config, torch.rand(3, 6, dtype=torch.float64)
-    prompt = model_llava.prepare(ours, images, "What is it?")
-    T, left = len(prompt.ids), fastv_length(prompt.ids == c.image_token, 0.25)
-    for budget in (40, 150, 10000):
-        result = sparsemm.generate(ours, images, "What is it?", method, budget, scores=scores,
-                                   max_new_tokens=3, fastv=(1, 0.25))
-        kept = result["kept"]
-        assert max(kept[0]) <= T and max(map(max, kept[1:])) <= left
-        if method in ("full", "sparsemm", "shuffled", "random"):
-            most = (T + 2 * left) * c.kv_heads
-            assert sum(map(sum, kept)) == min(most, (10000 if method == "full" else budget) * 6)
-    assert kept == [[T] * 2, [left] * 2, [left] * 2]
-    with pytest.raises(ValueError, match="fastv"):
-        sparsemm.Conversation(ours, images, fastv=(3, 0.25))
-
-
-def test_full_method_equals_no_cache_at_all(checkpoints):
-    for name, (_, _, ours) in checkpoints.items():
-        images = [picture(70, 40)]
-        result = sparsemm.generate(ours, images, "Read this.", "full", max_new_tokens=8)
-        prompt, tokens = model_llava.prepare(ours, images, "Read this."), []
-        with torch.inference_mode():
-            for _ in result["token_ids"]:
-                hidden = ours.hidden_states(prompt.extended(tokens))
-                tokens.append(int(ours.logits(hidden[-1]).argmax()))
-        assert tokens == result["token_ids"], name
-        assert result["kept"] == [[len(prompt.ids)] * ours.config.kv_heads] * ours.config.layers
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_budget_beyond_the_prompt_equals_full(checkpoints, method):
-    ours = checkpoints["mistral"][2]
-    scores = torch.rand(ours.config.layers, ours.config.heads)
-    arguments = dict(images=[picture(60, 60)], prompt="What?", max_new_tokens=6, scores=scores)
-    full = sparsemm.generate(ours, method="full", **arguments)
-    T = full["prompt_tokens"]
-    for budget in (T, T + 100):
-        result = sparsemm.generate(ours, method=method, budget=budget, **arguments)
-        assert (result["token_ids"], result["kept"]) == (full["token_ids"], full["kept"])
-        assert result["cache_bytes"] == full["cache_bytes"] == full["full_cache_bytes"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("method", METHODS)
-def test_cuda_equals_cpu(checkpoints, method):
-    for name in ("vicuna", "mistral", "qwen"):
-        folder, _, ours = checkpoints[name]
-        there = model_llava.load(folder, "cuda", "float32")
-        arguments = dict(images=[picture(64, 50)], prompt="What is it?", method=method, budget=40,
-                         scores=torch.ones(ours.config.layers, ours.config.heads).cumsum(1),
-                         max_new_tokens=6)
-        results = [sparsemm.generate(model, **arguments) for model in (ours, there)]
-        assert results[0]["token_ids"] == results[1]["token_ids"]
-        assert results[0]["kept"] == results[1]["kept"]
-
-
-def decode_logits(model, prompt, tokens, held, fixed=False):
-    """Logits (len(tokens), vocabulary) while `tokens` are forced after a prefill into the cache
-    `held`; fixed: with the shapes of a CUDA graph."""
-    logits, first = [], int(prompt.positions.max()) + 1
-    with torch.inference_mode():
-        model.hidden_states(prompt, held)
-        if fixed:
-            held.fix_shapes()
-        for i, token in enumerate(tokens):
-            logits.append(model.decode(token, first + i, held))
-            if fixed:
-                held.column += 1
-    return torch.stack(logits)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["vicuna", "qwen"])
-@pytest.mark.parametrize("how", ["loop", "products", "fixed shapes"])
-def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method, how):
-    """transformers' full attention, with a mask that hides from the new tokens what each head has
-    dropped; for the loop over heads, the fast products, and these over the whole tail."""
-    _, reference, ours = checkpoints[name]
-    c, images, tokens, w = ours.config, [picture(64, 50)], [40, 41, 60, 33, 70], 6
-    prompt = model_llava.prepare(ours, images, "What is it?")
-    T, n = len(prompt.ids), len(tokens)
-    selections = []
-    monkeypatch.setattr(
-        cache, "select_entries",
-        lambda scores, k: selections.append(select_entries(scores, k)) or selections[-1])
-    plan = make_method(method, c.layers, c.kv_heads, T, budget=20, window=w,
-                       scores=torch.rand(c.layers, c.heads))
-    logits = decode_logits(ours, prompt, tokens, KVCache(plan, w, n, how == "loop"),
-                           how == "fixed shapes")
-    if method != "full":
-        assert sum(map(len, selections)) == (20 - w) * c.layers * c.kv_heads
-
-    def mask(layer):
-        seen = torch.ones(T + n, T + n).tril().bool().repeat(c.heads, 1, 1)
-        for h in range(c.heads):
-            dropped = torch.ones(T, dtype=torch.bool)
-            dropped[T - w:] = False
-            dropped[selections[layer * c.kv_heads + h * c.kv_heads // c.heads]] = False
-            seen[h, T:, :T] &= ~dropped
-        return torch.zeros(1, c.heads, T + n, T + n).masked_fill(~seen, -torch.inf)
-
-    layers = reference.model.language_model.layers
-    hooks = [layer.self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs, m=mask(l): (args, {**kwargs, "attention_mask": m}),
-        with_kwargs=True) for l, layer in enumerate(layers)]
-    try:
-        expected = reference_logits(reference, ours, prompt.extended(tokens), images)[T:]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert (logits - expected).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (5, 1)])
-def test_fast_attention_equals_the_loop_for_ragged_and_empty_heads(H, G):
-    """Also for heads that hold nothing but the window, and while the tail grows."""
-    torch.manual_seed(0)
-    T, D, w = 50, 8, 4
-    k, v = torch.randn(G, T, D), torch.randn(G, T, D)
-    for lengths in ([0] * G, [7] * G, [(13 * g) % 40 for g in range(1, G + 1)]):
-        selected = [torch.randperm(T - w)[:n].sort().values for n in lengths]
-        layer = cache.LayerCache(k, v, selected, w, reserve=3)
-        for _ in range(3):
-            layer.append(torch.randn(G, 1, D), torch.randn(G, 1, D))
-            q = torch.randn(H, 1, D)
-            expected = model_llava.decode_attention(q, layer.heads())
-            assert (layer.attend(q) - expected).abs().max() < 1e-5
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.count, self.elements = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.count += function.__name__.split(".")[0] not in self.VIEWS
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return out
 
 
+@pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (8, 1)])
+def test_a_decoding_step_dispatches_few_operations(H, G):
+    """Per layer: by the loop at most 14, and 4 for each KV head; by the packed twin at most 17, and
+    with half precision's rounding of the weights 18. float32 has no such rounding."""
+    counts = {}
+    for L in (1, 3):
+        config = llava_config(MistralConfig, L, H, G, 8, False)
+        config = model_llava.convert_config(config, "llava_next")
+        model = model_llava.LlavaNext(config).requires_grad_(False)
+        prompt = model_llava.Prompt(torch.arange(60), torch.arange(60).expand(3, -1), [], [], [])
+        with torch.inference_mode():
+            held = KVCache(make_method("sparsemm", L, G, 60, 40, head_scores=torch.rand(L, H)))
+            sparsemm.prefill(model, prompt, held)
+            sparsemm.decode(model, held, 3, 60)
+            with Operations() as loop:
+                sparsemm.decode(model, held, 3, 61)
+            held.extend()
+            twin = PackedAttention(held)
+            with Operations() as packed:
+                model.decode(3, 62, twin.attend)
+        counts[L] = loop.count, packed.count
+    loop, packed = ((b - a) / 2 for a, b in zip(counts[1], counts[3]))
+    assert loop <= 14 + 4 * G and packed <= 17, (loop, packed)
+
+
 def test_prefill_memory_does_not_grow_with_the_square_of_the_prompt(checkpoints):
     ours = checkpoints["qwen"][2]
-    c = ours.config
-    largest = []
+    c, largest = ours.config, []
     for T in (1000, 2000):
         prompt = model_llava.Prompt(torch.randint(0, 90, (T,)), torch.arange(T).expand(3, -1),
                                     [], [], [])
-        with LargestTensor() as seen, torch.no_grad():
-            ours.hidden_states(prompt, KVCache(make_method("snapkv", c.layers, c.kv_heads, T), 32))
+        with Operations() as seen, torch.no_grad():
+            sparsemm.prefill(ours, prompt, KVCache(make_method("snapkv", c.layers, c.kv_heads, T)))
         largest.append(seen.elements)
     assert largest[1] <= 2.05 * largest[0] and largest[1] < 2000 * 2000 / 4
     # and what the fused kernel uses inside: one head over 12,000 tokens, whose square would take
     # 576 MB in float32
-    for attention in (model_llava.prefill_attention, model_llava.fast_prefill_attention):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        attention(*(torch.randn(1, 12000, 8) for _ in range(3)))
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000     # kilobytes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prefill_attention(*(torch.randn(1, 12000, 8) for _ in range(3)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000         # kilobytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (5, 1)])
-def test_fast_prefill_equals_the_loop_and_copies_no_keys(monkeypatch, H, G, dtype):
+def test_prefill_attention_equals_softmax_and_copies_no_keys(monkeypatch, H, G, dtype):
     torch.manual_seed(0)
     T, D = 300, 16
     q, k, v = (torch.randn(T, n, D).to(dtype).transpose(0, 1) for n in (H, G, G))   # as projected
-    expected = model_llava.prefill_attention(q, k, v)
-    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+    storages, attention = set(), F.scaled_dot_product_attention
 
     def recorded(*heads, **options):
-        calls.append([x.untyped_storage().data_ptr() for x in heads])
+        storages.update(x.untyped_storage().data_ptr() for x in heads)
         return attention(*heads, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    out = model_llava.fast_prefill_attention(q, k, v)
-    assert out.shape == (H, T, D)
-    assert torch.allclose(out, expected, atol=1e-6 if dtype == torch.float32 else 1e-2)
-    assert calls == [[x.untyped_storage().data_ptr() for x in (q, k, v)]]    # one, and no copies
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    out = prefill_attention(q, k, v)
+    assert storages == {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    k, v = (x.double().repeat_interleave(H // G, 0) for x in (k, v))
+    logits = q.double() @ k.transpose(1, 2) / math.sqrt(D)
+    expected = logits.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1) @ v
+    assert torch.allclose(out.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_layer_is_compressed_before_the_next_one_has_keys(checkpoints, monkeypatch):
+    """So that no more than one layer's full keys and values exist at a time."""
+    ours, order = checkpoints["mistral"][2], []
+    project, compress = model_llava.Attention.project, KVCache.compress
+    monkeypatch.setattr(model_llava.Attention, "project",
+                        lambda self, *rest: order.append("project") or project(self, *rest))
+    monkeypatch.setattr(KVCache, "compress",
+                        lambda self, l, *rest: order.append(l) or compress(self, l, *rest))
+    sparsemm.generate(ours, [picture(40, 40)], "Hi", "snapkv", 40, max_new_tokens=1)
+    assert order == ["project", 0, "project", 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_numbers_that_are_not_finite_are_an_error_and_no_answer(checkpoints, dtype):
+    """A weight that is no number, and one too large for half precision."""
+    model = model_llava.load(checkpoints["qwen"][0], "cpu", dtype)
+    model.model.layers[1].mlp.down_proj.weight[3, 3] = math.nan
+    with pytest.raises(ValueError, match=f"token 0 are not finite in {dtype}"):
+        sparsemm.generate(model, [picture(40, 40)], "Hi", "snapkv")
+    model.model.layers[0].self_attn.qkv_proj.weight[3, 3] = math.nan
+    with pytest.raises(ValueError, match=f"layer 0.*not finite in {dtype}"):
+        score_heads.score_transcript(model, [picture(40, 40)], [[("a", (0, 0, 9, 9))]], [40, 41])
 
 
 # ---- scoring -------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
 def test_scores_equal_counting_with_attention_maps(checkpoints, name):
@@ -1089,19 +921,18 @@ def plant(monkeypatch, model, planted, targets, elsewhere):
     other heads at `elsewhere`."""
     c = model.config
 
-    def read(model, prompt, reading):
+    def hidden_states(prompt, attend):
         T = len(prompt.ids)
         k = torch.eye(T).expand(c.kv_heads, T, T)
         for layer in range(c.layers):
             q = torch.zeros(c.heads, T, T)
             q[:, :, elsewhere] = 1
-            for i, target in enumerate(targets):
+            for row, target in enumerate(targets, T - len(targets)):
                 if planted[0] == layer:
-                    q[planted[1], reading.first + i] = 0
-                    q[planted[1], reading.first + i, target] = 1
-            reading.compress(layer, q, k, k)
+                    q[planted[1], row] = F.one_hot(torch.tensor(target), T)
+            attend(layer, q, k, k)
 
-    monkeypatch.setattr(score_heads, "read", read)
+    monkeypatch.setattr(model, "hidden_states", hidden_states)
 
 
 @pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
@@ -1172,18 +1003,9 @@ def test_tokens_in_box_equal_pixel_counting(checkpoints, name):
         assert seen <= found and found - seen == sliver
 
 
-def full_transcript(ours, images, limit):
-    """Prompt, and the tokens that decoding one by one with a full cache writes, end token left out;
-    and whether it came."""
-    ids = sparsemm.generate(ours, images, score_heads.OCR_PROMPT, "full",
-                            max_new_tokens=limit)["token_ids"]
-    plain = [token for token in ids if token not in ours.processor.end_tokens]
-    return model_llava.prepare(ours, images, score_heads.OCR_PROMPT), plain, len(plain) < len(ids)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_logits_have_the_precision_of_float32(dtype):
-    """Whatever units compute them, the arg-max is not that of numbers rounded to bfloat16."""
+    """The arg-max is not that of numbers rounded to bfloat16."""
     torch.manual_seed(0)
     q, k = torch.randn(4, 40, 64).to(dtype), torch.randn(2, 300, 64).to(dtype)
     expected = q.double() @ k.double().repeat_interleave(2, 0).transpose(1, 2)
@@ -1193,47 +1015,25 @@ def test_attention_logits_have_the_precision_of_float32(dtype):
     assert (logits - expected)[:, seen].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("rows", [8, 64])
-def test_one_pass_equals_step_by_step(checkpoints, monkeypatch, rows):
-    """The hits of one pass over a transcript are those seen while it is decoded token by token,
-    however many rows are looked at at once."""
-    monkeypatch.setattr(score_heads, "PEAK_ROWS", rows)
-    ours = checkpoints["mistral"][2]
-    prompt, ids, _ = full_transcript(ours, [picture(70, 50)], 20)
-    first = len(prompt.ids) - 1
-    reading = score_heads.Reading(first)
+def test_one_pass_equals_step_by_step(checkpoints):
+    """The peaks of one pass over a transcript are those seen while it is decoded token by token."""
+    ours, images = checkpoints["mistral"][2], [picture(70, 50)]
+    prompt = model_llava.prepare(ours, images, score_heads.OCR_PROMPT)
+    ids = [40, 60, 40, 33, 80, 41]
     with torch.inference_mode():
-        ours.hidden_states(prompt.extended(ids), reading)
-        for i in range(len(ids) + 1):
-            step = score_heads.Reading(first + i)
-            ours.hidden_states(prompt.extended(ids[:i]), step)
-            assert torch.equal(step.peaks()[:, :, 0], reading.peaks()[:, :, i])
+        peaks = score_heads.attention_peaks(ours, prompt, ids)
+        assert peaks.shape == (ours.config.layers, ours.config.heads, len(ids))
+        for i in range(len(ids)):
+            step = score_heads.attention_peaks(ours, prompt.extended(ids[:i]), ids[i:i + 1])
+            assert torch.equal(step[:, :, 0], peaks[:, :, i])
 
 
-@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
-def test_a_draft_changes_nothing_but_the_number_of_passes(checkpoints, name, monkeypatch):
-    """What the model writes by itself is what decoding token by token gives, whatever the draft
-    says, and so is what it looks at; a draft that says the same is accepted whole."""
-    ours, images, limit = checkpoints[name][2], [picture(70, 50), picture(40, 90)], 100
-    prompt, plain, ended = full_transcript(ours, images, limit)
-    first, rng = len(prompt.ids) - 1, random.Random(0)
-    whole = score_heads.Reading(first)
-    with torch.inference_mode():
-        ours.hidden_states(prompt.extended(plain), whole)
-    wrong = [token if rng.random() < 0.7 else rng.randrange(ours.config.vocabulary)
-             for token in plain]
-    missing = [token for token in plain if rng.random() < 0.7]
-    passes, cut = [], score_heads.Reading.cut
-    monkeypatch.setattr(score_heads.Reading, "cut", lambda *args: (passes.append(1), cut(*args)))
-    end = min(ours.processor.end_tokens)
-    for draft in ([], plain, wrong, missing, plain[20:], plain * 2, [5] * 100, [end, *plain, end]):
-        passes.clear()
-        reading = score_heads.Reading(first, limit)
-        assert plain == write(ours, prompt, reading, draft, limit)
-        n = len(plain)
-        assert torch.equal(reading.peaks()[:, :, :n], whole.peaks()[:, :, :n])
-        if draft == plain:                                  # guesses of 32, 64 and 4 tokens, say
-            assert len(passes) == 1 + (n + ended > 33) + (n + ended > 33 + 65)
+def test_the_models_own_transcript_is_what_it_writes(checkpoints):
+    ours, images = checkpoints["vicuna"][2], [picture(70, 50)]
+    ids = score_heads.transcribe(ours, images, limit=7)
+    written = sparsemm.generate(ours, images, score_heads.OCR_PROMPT, "full", max_new_tokens=7)
+    assert 0 < len(ids) <= 7 and not set(ids) & ours.processor.end_tokens
+    assert written["token_ids"][:len(ids)] == ids
 
 
 def test_a_transcript_must_fit_the_sliding_window(checkpoints, monkeypatch):
@@ -1241,30 +1041,34 @@ def test_a_transcript_must_fit_the_sliding_window(checkpoints, monkeypatch):
     T = len(model_llava.prepare(ours, [image], score_heads.OCR_PROMPT).ids)
     monkeypatch.setattr(ours, "config", replace(ours.config, max_tokens=T + 3))
     score_heads.score_transcript(ours, [image], [[]], [1, 2, 3])
-    for ids, own in (([1, 2, 3, 4], False), ([], True)):
-        with pytest.raises(ValueError, match="sliding window"):
-            score_heads.score_transcript(ours, [image], [[]], ids, own=own)
+    with pytest.raises(ValueError, match="sliding window"):
+        score_heads.score_transcript(ours, [image], [[]], [1, 2, 3, 4])
 
 
-def test_a_draft_goes_on_behind_what_was_written_last():
-    assert continuation([1, 2, 3, 4, 5], []) == [1, 2, 3, 4, 5]
-    assert continuation([1, 2, 3, 4, 5], [1, 2]) == [3, 4, 5]
-    assert continuation([1, 2, 3, 4, 5], [1, 9]) == [3, 4, 5]         # a wrong token: its place
-    assert continuation([1, 2, 3, 4, 5], [1, 2, 4]) == [5]            # one left out
-    assert continuation([1, 2, 3, 1, 2, 4], [1, 2, 3, 1, 2]) == [4]   # the nearer of two places
-    assert continuation([1, 2, 3], [1, 2, 3, 4, 5]) == []
-    assert continuation([], [1]) == []
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory):
+    """A file of 25 annotated pages of two words each."""
+    folder = tmp_path_factory.mktemp("pages")
+    for i in range(25):
+        picture(64, 48, seed=i).save(folder / f"{i}.png")
+    (folder / "data.json").write_text(json.dumps([
+        {"id": i, "image_name": f"{i}.png", "2_coord": [
+            {"chunk": "ab", "coord": [[2, 3], [30, 20]]},
+            {"chunk": f"c{i}", "coord": [[34, 5], [60, 5], [60, 40], [34, 40]]}]}
+        for i in range(25)]))
+    return folder / "data.json"
 
 
 def score(folder, out, *more):
-    score_heads.main(["--model", str(folder), "--width", "64", "--height", "48", "--out", str(out),
-                      "--transcript", "truth", *map(str, more)])
+    score_heads.main(["--model", str(folder), "--out", str(out), "--transcript", "truth",
+                      *map(str, more)])
     return out.read_text()
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp_path, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, pages, monkeypatch,
+                                                   tmp_path, capsys):
     folder = checkpoints["qwen"][0]
-    whole = score(folder, tmp_path / "whole.json", "--num", 25)
+    whole = score(folder, tmp_path / "whole.json", "--data", pages)
     real, calls = score_heads.score_transcript, []
 
     def dies(*arguments, **more):
@@ -1274,48 +1078,68 @@ def test_a_resumed_run_equals_an_uninterrupted_one(checkpoints, monkeypatch, tmp
         return real(*arguments, **more)
 
     monkeypatch.setattr(score_heads, "score_transcript", dies)
-    with pytest.raises(KeyboardInterrupt):
-        score(folder, tmp_path / "cut.json", "--num", 25)
+    with pytest.raises(SystemExit) as end:
+        score(folder, tmp_path / "cut.json", "--data", pages)
+    assert end.value.code == 130 and "13 pages are saved, --resume" in capsys.readouterr().err
     assert not (tmp_path / "cut.json").exists()
     with pytest.raises(SystemExit):                                  # other settings: not mixed up
-        score(folder, tmp_path / "cut.json", "--num", 25, "--resume", "--seed", 1)
-    assert score(folder, tmp_path / "cut.json", "--num", 25, "--resume") == whole
-    assert len(calls) == 14 + 15                                     # ten pages had been saved
+        score(folder, tmp_path / "cut.json", "--data", pages, "--resume", "--seed", 1)
+    assert score(folder, tmp_path / "cut.json", "--data", pages, "--resume") == whole
+    assert len(calls) == 14 + 12
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "cut.about.json", "cut.json", "whole.about.json", "whole.json"]
     about = json.loads((tmp_path / "whole.about.json").read_text())
     assert about["pages"] == 25 and about["tokens"] > 25 and about["hits"] > 0
 
 
-def test_several_pages_in_one_prompt(checkpoints):
-    pages = sources.Rendered(("form", "sign"), 0, (64, 48), 5)
-    sets = sources.Sets(pages, 2)
+def test_a_run_that_is_killed_twice_loses_nothing(checkpoints, pages, monkeypatch, tmp_path):
+    """The part file of the second run goes on from the first one's."""
+    real, calls = score_heads.score_transcript, []
+
+    def dies(*arguments, **more):
+        calls.append(1)
+        if len(calls) in (12, 23):
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(score_heads, "score_transcript", dies)
+    for more in ((), ("--resume",)):
+        with pytest.raises(SystemExit):
+            score(checkpoints["qwen"][0], tmp_path / "s.json", "--data", pages, *more)
+    score(checkpoints["qwen"][0], tmp_path / "s.json", "--data", pages, "--resume")
+    assert len(calls) == 12 + 11 + 4                                # 25 pages, and two that died
+
+
+def test_several_pages_in_one_prompt(pages):
+    single = score_heads.Annotated(pages, 5)
+    sets = score_heads.Sets(single, 2)
     assert len(sets) == 3 and len(sets[2][0]) == 1
     images, words, text = sets[1]
-    assert list(words) == [pages[2][1], pages[3][1]] and [i.size for i in images] == [(64, 48)] * 2
-    assert text == pages[2][2] + "\n" + pages[3][2]
+    assert list(words) == [single[2][1], single[3][1]]
+    assert [image.size for image in images] == [(64, 48)] * 2
+    assert text == single[2][2] + "\n" + single[3][2]
 
 
 @beside(lambda checkpoints, folder: two_ranks(
-    "score_heads.py", "--model", checkpoints["qwen"][0], "--width", "64", "--height", "48",
-    "--transcript", "truth", "--num", "7", "--out", folder / "two.json"))
+    "score_heads.py", "--model", checkpoints["qwen"][0], "--data", annotated(folder),
+    "--transcript", "truth", "--out", folder / "two.json"))
 def test_two_processes_equal_one(checkpoints, done, tmp_path):
-    one = score(checkpoints["qwen"][0], tmp_path / "one.json", "--num", 7)
+    one = score(checkpoints["qwen"][0], tmp_path / "one.json", "--data", done.folder / "data.json")
     assert done.returncode == 0, done.stderr
     assert (done.folder / "two.json").read_text() == one
 
 
 def test_gathering_leaves_no_process_group(monkeypatch):
     """One that is left can abort Python's end: so did 4 of 12 pairs of processes."""
-    assert progress.gather("own") == ["own"]
+    assert score_heads.gather("own") == ["own"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     for name, value in dict(TORCHELASTIC_RUN_ID="a", MASTER_ADDR="localhost", MASTER_PORT=port,
                             RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
-    assert progress.rank_and_ranks(SimpleNamespace(device="cpu")) == (0, 1)
-    assert progress.gather("own") == ["own"]
+    assert score_heads.process_and_processes(SimpleNamespace(device="cpu")) == (0, 1)
+    assert score_heads.gather("own") == ["own"]
     assert not torch.distributed.is_initialized()
 
 
@@ -1343,27 +1167,15 @@ def test_annotated_pages_and_unreadable_ones(checkpoints, tmp_path, capsys):
     assert end.value.code == 2 and not (tmp_path / "t.json").exists()
 
 
-def test_summary_by_hand(tmp_path):
+def test_summary_by_hand():
     s = torch.tensor([[0.7, 0.1], [0.2, 0.0]], dtype=torch.float64)
-    assert draw.top_share(s, 0.05) == (1, pytest.approx(0.7))
-    assert draw.top_share(s, 0.5) == (2, pytest.approx(0.9))
+    assert score_heads.top_share(s, 0.05) == (1, pytest.approx(0.7))
+    assert score_heads.top_share(s, 0.5) == (2, pytest.approx(0.9))
     # sorted 0, .1, .2, .7: 2 * (0*1 + .1*2 + .2*3 + .7*4) / 4 - 5/4
-    assert draw.gini(s) == pytest.approx(2 * 3.6 / 4 - 1.25)
-    assert draw.gini(torch.ones(3, 3)) == pytest.approx(0, abs=1e-6)
-    text = draw.summary(s)
+    assert score_heads.gini(s) == pytest.approx(2 * 3.6 / 4 - 1.25)
+    assert score_heads.gini(torch.ones(3, 3)) == pytest.approx(0, abs=1e-6)
+    text = score_heads.summary(s)
     assert "0     0  70.00%" in text and "|@.|" in text and "|: |" in text
-
-
-def test_pictures(checkpoints, tmp_path):
-    from experiments import draw
-    for L, H in ((32, 32), (28, 28), (8, 8)):
-        draw.heat_map(torch.rand(L, H) ** 6, tmp_path / "map.png")
-        assert Image.open(tmp_path / "map.png").width > 16 * H
-    ours = checkpoints["vicuna"][2]
-    scores = torch.rand(ours.config.layers, ours.config.heads)
-    draw.show_heads(ours, picture(90, 60), "Hi", scores, tmp_path / "a.png", token=1)
-    text = draw.show_heads(ours, picture(90, 60), "Hi", scores, tmp_path / "a.gif")
-    assert Image.open(tmp_path / "a.gif").n_frames > 1 and isinstance(text, str)
 
 
 def test_score_files(tmp_path):
@@ -1377,513 +1189,329 @@ def test_score_files(tmp_path):
     assert torch.allclose(cache.read_head_scores(tmp_path / "s.json", 3, 4), expected, atol=1e-8)
 
 
-def test_the_scoring_benchmark_lets_each_procedure_take_the_numbers_that_suit_it():
-    from experiments.bench import scoring_table
-    row = dict(pages="letters", transcript="truth", tokens=9, times_faster=3, differ=0)
-    results = [dict(model="tiny", dtype=dtype, num=1, rows=[dict(
-        row, images_per_second=ours, step_by_step_images_per_second=theirs)])
-        for dtype, ours, theirs in (("float32", 6, 2), ("bfloat16", 9, 1))]
-    assert scoring_table(results).endswith("* tiny, letters, truth: 9.00 / 2.00 = 4.5")
-    assert scoring_table(results[:1]).endswith("| letters | truth | 9 | 6.00 | 2.00 | 3.0 | 0.0% |")
+# ---- the models ----------------------------------------------------------------------------------
 
 
-# ---- the shipped model ---------------------------------------------------------------------------
+SIZES = {"square": [(50, 50)], "wide": [(200, 30)], "tall": [(20, 90)], "small": [(9, 9)],
+         "odd": [(37, 53)], "two": [(60, 33), (31, 77)], "text": []}
 
-@pytest.mark.parametrize("name", ["qwen2-vl", "llava-next"])
-def test_training_sees_what_the_command_sees(tmp_path, name):
-    """An untrained model of each layout, saved as training saves it: pixels, the number of image
-    tokens and which cell of the page each of them shows are those of our own loader, and the logits
-    of every conversation about the page, with training's own attention and patch embedding, are
-    those that ours gives for that conversation alone."""
-    from experiments import train_tiny
-    layout = train_tiny.LAYOUTS[name]
-    torch.manual_seed(0)
-    reference = layout.model_class(layout.config()).eval()
-    train_tiny.save_checkpoint_folder(layout, reference, tmp_path)
-    ours = model_llava.load(tmp_path, "cpu", "float32")
-    reference.load_state_dict({key: p.bfloat16().float()
-                               for key, p in reference.state_dict().items()})
-    stage = train_tiny.Stage("test", "language", ((256, 128),), 1, 1, 0, 0, ("form",))
-    batch, labels = train_tiny.make_batch(layout, stage, random.Random(1))
-    page = train_tiny.render_page(_replayed(random.Random(1), stage), "form", 256, 128)
-    prompt = model_llava.prepare(ours, [page.image], "What?")
-    processed = ours.processor.image_processor(page.image, return_tensors="pt")
-    values = layout.pixel_values(**batch["images"])
-    assert (processed["pixel_values"] - values).abs().max() < 1e-5
-    image = prompt.images[0]
-    assert len(image) == (batch["input_ids"][0] == train_tiny.IMAGE).sum()
-    shown = labels[labels[:, 0] != train_tiny.IGNORE, :-1]
-    boxes = image.boxes[image.kinds == model_llava.GRID]
-    cells = train_tiny.cell_characters(train_tiny.enlarged(page, layout.zoom))
-    labels_of_boxes = [cells[tuple(round(layout.zoom * x / 16) for x in (y0, x0))].tolist()
-                       for x0, y0, *_ in boxes.tolist()]
-    assert sorted(labels_of_boxes) == sorted(shown.tolist()) and shown.any()
-    if name == "qwen2-vl":                       # LLaVA's labels come tile by tile, not row by row
-        assert labels_of_boxes == shown.tolist()
-    reference.set_attn_implementation("products")
-    train_tiny.as_matrix_product(layout.patch_embedding(reference))
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_equal_transformers(checkpoints, name, sizes):
+    _, reference, ours = checkpoints[name]
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    prompt = model_llava.prepare(ours, images, "What is it?")
     with torch.inference_mode():
-        expected = reference(inputs_embeds=train_tiny.embed(layout, reference, batch), **{
-            key: batch[key] for key in ("position_ids", "prefix", "conversations")}).logits[0]
-    assert batch["conversations"] > 1
-    prefix, *_ = ids = list(batch["input_ids"][0].tensor_split([batch["prefix"]]))
-    expected = expected.tensor_split([batch["prefix"]])
-    for said, logits in zip(*(x[1].chunk(batch["conversations"]) for x in (ids, expected))):
-        alone = prompt.extended([])
-        alone.ids = torch.cat([prefix, said])
-        alone.starts = [int((alone.ids == train_tiny.IMAGE).nonzero()[0])]
-        alone.positions = ours.positions(len(alone.ids), alone.images, alone.starts)
-        with torch.inference_mode():
-            got = ours.logits(ours.hidden_states(alone))
-        assert (got - torch.cat([expected[0], logits])).abs().max() < 1e-4
+        logits = ours.logits(ours.hidden_states(prompt))
+    expected = reference_logits(reference, ours, prompt, images)
+    assert expected.std() > 0.5                                            # not all the same
+    assert (logits - expected).abs().max() < 1e-4
 
 
-def test_pages_of_fields_have_their_values_below_or_behind_the_keys():
-    from experiments.pages import render_page
-    below = 0
-    for seed in range(20):
-        page = render_page(random.Random(seed), "fields", 256, 128)
-        words = {word.text.rstrip(":"): (i, word.box) for i, line in enumerate(page.lines)
-                 for word in line}
-        assert page.questions
-        for key, value in page.questions:
-            (row, box), (row_of_value, box_of_value) = words[key], words[value]
-            assert row_of_value in (row, row + 1)
-            below += row_of_value > row
-            # the ink of a letter begins up to two pixels behind where it is drawn
-            assert (abs(box[0] - box_of_value[0]) <= 3) == (row_of_value > row)
-    assert below > 40
-
-
-@pytest.mark.parametrize("kind", ["form", "fields", "table", "letter", "shapes"])
-def test_conversations_in_training_ask_what_the_page_answers(kind):
-    """Every turn is a question about the page and its right answer, none comes twice, and the loss
-    is on the answers and their ends alone."""
-    from experiments import train_tiny
-    from experiments.pages import prompt as wording, tasks
-    stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0)
-    letters = {i: c for c, i in train_tiny.VOCABULARY.items()}
-    for seed in range(5):
-        page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
-        possible = {wording(None, *task[:2]): task[2] for task in tasks(page)}
-        (ids, *_), = train_tiny.conversations(stage, random.Random(seed), page, transcribe=True)
-        assert page.text in "".join(map(letters.get, ids))
-        said, asked = train_tiny.conversations(stage, random.Random(seed), page, False), []
-        assert 0 < len(said) <= stage.conversations
-        for ids, labels, _ in said:
-            text = "".join(map(letters.get, ids))
-            turns = [turn.removeprefix("<|im_start|>") for turn in text.split("<|im_end|>")]
-            assert turns.pop() == "" and text.count("<|im_start|>") == len(turns) / 2 - 1
-            assert len(ids) <= train_tiny.LONGEST or len(turns) == 2
-            asked += turns[::2]
-            for question, answer in zip(turns[::2], turns[1::2]):
-                assert possible[question] == answer
-            learnt = "".join(letters[i] for i in labels if i != train_tiny.IGNORE)
-            assert learnt == "".join(answer + "<|im_end|>" for answer in turns[1::2])
-            assert all(label in (i, train_tiny.IGNORE) for i, label in zip(ids, labels))
-        assert len(set(asked)) == len(asked)
-
-
-def test_training_asks_for_far_lines_more_often():
-    """As often as successive draws in which each line that is left counts once, each far one three
-    times."""
-    from experiments import train_tiny
-    from experiments.pages import tasks
-    stage = train_tiny.Stage("test", "language", ((512, 512),), 1, 1, 0, 0, conversations=30)
-    page = train_tiny.render_page(random.Random(0), "letter", 512, 512)
-    weights = {int(about): 3 if int(about) > 12 else 1 for task, about, _ in tasks(page)
-               if task == "line"}
-    letters = {i: c for c, i in train_tiny.VOCABULARY.items()}
-    ours = theirs = 0
-    for seed in range(400):
-        said = train_tiny.conversations(stage, random.Random(seed), page, transcribe=False)
-        text = "".join(letters[i] for ids, *_ in said for i in ids)
-        asked = {int(n) for n in re.findall(r"What does line (\d+) say", text)}
-        assert len(asked) == 14 < len(weights)
-        ours += sum(weights[number] == 3 for number in asked)
-        left, rng = dict(weights), random.Random(seed)
-        for _ in range(14):
-            theirs += left.pop(rng.choices([*left], left.values())[0]) == 3
-    assert abs(ours - theirs) / 400 < 0.2
-    all_alike = 14 * 10 / 22                               # ten of the page's 22 lines are far
-    assert ours / 400 > all_alike + 1
-
-
-@pytest.mark.parametrize("transcribe", [True, False])
-@pytest.mark.parametrize("kind", ["form", "table", "letter", "shapes"])
-def test_hints_in_training_name_what_the_next_character_belongs_to(kind, transcribe):
-    """Its line or shape, or what the question says; where no character of an answer is to be
-    written, nothing."""
-    from experiments import train_tiny
-    stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0)
-    letters, found = {i: c for c, i in train_tiny.VOCABULARY.items()}, set()
-    for seed in range(5):
-        page = train_tiny.render_page(random.Random(seed), kind, 256, 256)
-        for ids, labels, hints in train_tiny.conversations(stage, random.Random(seed), page,
-                                                           transcribe):
-            turns, said = "".join(map(letters.get, ids)).split("<|im_end|>"), ""
-            expected = []
-            for question, answer in zip(turns[::2], turns[1::2]):
-                question = question.removeprefix("<|im_start|>")
-                column = item = line = train_tiny.IGNORE
-                if question.startswith("What is the ") and kind == "table":
-                    column, item = question[len("What is the "):-1].split(" of ")
-                    column, item = train_tiny.HINTS.index(column), train_tiny.ITEMS.index(item)
-                asked = len(question) + (said != "")                  # with its <|im_start|>
-                expected += [train_tiny.NO_HINTS] * asked
-                for written in range(len(answer) + 1):
-                    if question.startswith("What does line "):
-                        line = int(question[len("What does line "):-len(" say?")]) - 1
-                    elif transcribe:
-                        line = answer[:written].count("\n")
-                    elif kind == "shapes":
-                        line = train_tiny.LINES.index("shape 1") + answer[:written].count(",")
-                    expected.append((column, item, line))
-                expected.append(train_tiny.NO_HINTS)
-                said += answer
-            assert hints == expected
-            found |= set(hints)
-    assert len(found) > 3
-
-
-@pytest.mark.parametrize("kind", ["table", "shapes", "form"])
-@pytest.mark.parametrize("name", TINY)
-def test_hints_in_training_name_what_an_image_token_shows(tiny, name, kind):
-    """An image token whose middle lies in a word is hinted with its line, in a table's cell also
-    with column and item, in a coloured shape with the shape; one that touches nothing is not; where
-    tokens are, our own loader says."""
-    from experiments import train_tiny
-    stage = train_tiny.Stage("test", "language", ((256, 256),), 1, 1, 0, 0, (kind,))
-    batch, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], stage, random.Random(5))
-    page = train_tiny.render_page(_replayed(random.Random(5), stage), kind, 256, 256)
-    things = {thing.box: (train_tiny.HINTS.index(thing.text), train_tiny.IGNORE,
-                          train_tiny.LINES.index(f"shape {i}"))
-              for i, thing in enumerate(page.objects, 1)}
-    for i, line in enumerate(page.lines):
-        things |= {word.box: (train_tiny.IGNORE, train_tiny.IGNORE, i) for word in line}
-        if kind == "table" and i:
-            things |= {word.box: (train_tiny.HINTS.index(column.text),
-                                  train_tiny.ITEMS.index(line[0].text), i)
-                       for column, word in zip(page.lines[0][1:], line[1:])}
-    image = model_llava.prepare(tiny[name], [page.image], "What?").images[0]
-    hints = batch["hints"][0][batch["input_ids"][0] == train_tiny.IMAGE].tolist()
-    found = set()
-    for hint, box, of_grid in zip(hints, image.boxes, image.kinds == model_llava.GRID, strict=True):
-        (x0, y0, x1, y1), hint = box.tolist(), tuple(hint)
-        x, y = (x0 + x1) / 2, (y0 + y1) / 2
-        inside = {of for (a, b, c, d), of in things.items() if a < x < c and b < y < d}
-        touched = any(a < x1 and x0 < c and b < y1 and y0 < d for a, b, c, d in things)
-        if of_grid and inside:
-            assert {hint} == inside
-            found.add(hint)
-        elif not of_grid or not touched:
-            assert hint == train_tiny.NO_HINTS
-    assert len(found) >= {"table": 6, "shapes": 1, "form": 2}[kind]
-    unhinted, _ = train_tiny.make_batch(train_tiny.LAYOUTS[name], replace(stage, hinted=0),
-                                        random.Random(5))
-    assert (unhinted.pop("hints") == train_tiny.IGNORE).all()
-    assert all(torch.equal(batch[key], x) for key, x in unhinted.items() if torch.is_tensor(x))
-
-
-def test_training_on_large_pages():
-    """A batch has fewer of them, but one at least; of a page's many lines the first are hinted."""
-    from experiments import pages, train_tiny
-    layout = train_tiny.LAYOUTS["qwen2-vl"]
-    for size, drawn in (((64, 32), 4), ((64, 64), 4), ((128, 64), 2), ((256, 256), 1)):
-        stage = train_tiny.Stage("read", "language", (size,), 4, 1, 0, 0,
-                                 batch_pixels=4 * 64 * 64)
-        batch, _ = train_tiny.make_batch(layout, stage, random.Random(0))
-        assert len(batch["input_ids"]) == len(batch["images"]["pages"]) == drawn
-    page = pages.Page(Image.new("RGB", (32, 640)),
-                      [[pages.Word("1", (0, 16 * i, 16, 16 * i + 16), ())] for i in range(40)])
-    lines = train_tiny.cell_hints(page)[:, 0, 2].tolist()
-    assert [train_tiny.LINES[i] for i in lines[:28]] == [str(i) for i in range(1, 29)]
-    assert lines[28:] == [train_tiny.IGNORE] * 12
-
-
-@pytest.mark.parametrize("share, found", [(0, {False}), (0.5, {False, True}), (1, {True})])
-def test_training_on_batches_of_nothing_but_shapes(share, found):
-    """They have twice as many pages, of which none is transcribed."""
-    from experiments import train_tiny
-    layout = train_tiny.LAYOUTS["qwen2-vl"]
-    stage = train_tiny.Stage("read", "language", ((96, 96),), 2, 1, 0, 0, transcripts=1,
-                             shapes_alone=share)
-    drawn = set()
-    for seed in range(12):
-        pages, only_shapes = train_tiny.draw_pages(stage, random.Random(seed))
-        drawn.add(only_shapes)
-        assert len(pages) == (4 if only_shapes else 2)
-        assert not only_shapes or all(page.objects for page in pages)
-        batch, _ = train_tiny.make_batch(layout, stage, random.Random(seed))
-        for page, labels in zip(pages, batch["labels"]):
-            learnt = [i for i in labels.tolist() if i != train_tiny.IGNORE][:-1]
-            shapes = ", ".join(thing.text for thing in page.objects)
-            written = shapes if only_shapes else page.text
-            assert learnt == [train_tiny.VOCABULARY[c] for c in written]
-    assert drawn == found
-
-
-@pytest.mark.parametrize("block", [3, 4, 256])
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_training_has_the_gradients_of_its_definition(causal, block, monkeypatch):
-    from experiments import train_tiny
-    monkeypatch.setattr(train_tiny, "BLOCK", block)
-    (B, H, N, T, D), made = (3, 2, 4, 7, 5), []
-    for attend in (train_tiny.BlockByBlock.apply, train_tiny.fused_attention, None):
-        torch.manual_seed(1)
-        q, k, v = (torch.randn(B, H, n, D, dtype=torch.float64, requires_grad=True)
-                   for n in (N, T, T))
-        future = torch.ones(N, T, dtype=torch.bool).triu(T - N + 1) & causal
-        out = (attend(q, k, v, causal) if attend else
-               (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1) @ v)
-        out.pow(3).sum().backward()
-        made.append((out, q.grad, k.grad, v.grad))
-    assert all(torch.allclose(x, expected, atol=1e-12) for one in made[:-1]
-               for x, expected in zip(one, made[-1]))
-
-
-def test_muon_in_training_is_torchs():
-    """The same steps, up to the rounding of bfloat16; a matrix without a gradient stands still."""
-    from experiments.train_tiny import Muon
-    made, shapes = [], ((8, 24), (8, 24), (24, 8), (8, 8), (8, 24))
-    for kind in (Muon, torch.optim.Muon):
-        torch.manual_seed(0)
-        matrices = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        target = [torch.randn(shape) for shape in shapes]
-        optimizer = kind([dict(params=matrices[:2]), dict(params=matrices[2:], lr=0.02)], lr=0.01,
-                         weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        begun = [x.detach().clone() for x in matrices]
-        for _ in range(4):
-            optimizer.zero_grad()
-            sum(((x - t) ** 4).sum() for x, t in zip(matrices[:-1], target)).backward()
-            optimizer.step()
-        made.append([x.detach() for x in matrices])
-    assert torch.equal(made[0][-1], begun[-1])
-    for ours, theirs, before in zip(*made, begun[:-1]):
-        assert (ours - theirs).norm() < 0.02 * (theirs - before).norm()
-
-
-def test_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    """Same weights, bit by bit; and the vision tower stands still in steps that are not its own."""
-    from experiments import train_tiny
-    stage = partial(train_tiny.Stage, sizes=((64, 32),), batch=2, rate=1e-2, end_rate=1e-3)
-    monkeypatch.setitem(train_tiny.STAGES, "qwen2-vl", (
-        stage("see", "vision", steps=2), stage("read", "language", steps=3, vision_every=2)))
-    args = SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None, workers=0,
-                           fonts=(), report=100, work=tmp_path, out=tmp_path / "whole",
-                           average=[], dtype="bfloat16")
-
-    def trained(args, killed_at=None):
-        """Every state that training saves, which it does after every step here."""
-        states, save = [], train_tiny.Trainer.save
-        def spy(trainer, every=0):
-            if (trainer.stage, trainer.step) == killed_at:
-                raise KeyboardInterrupt
-            save(trainer, 0)
-            states.append({name: p.clone() for name, p in trainer.model.state_dict().items()})
-        with monkeypatch.context() as patch:
-            patch.setattr(train_tiny.Trainer, "save", spy)
-            train_tiny.Trainer(args).run()
-        return states
-
-    whole = trained(args)
-    moved = [any(not torch.equal(before[name], after[name]) for name in before if "visual" in name)
-             for before, after in zip(whole, whole[1:])]
-    assert moved == [True, False, True, False, True, False]      # False also where a stage ends
-    again = SimpleNamespace(**vars(args) | dict(work=tmp_path / "again", out=tmp_path / "other"))
-    again.work.mkdir()
-    for killed_at in ((0, 2), (1, 1)):
-        with pytest.raises(KeyboardInterrupt):
-            trained(again, killed_at)
-    last = trained(again)[-1]
-    assert all(torch.equal(last[name], p) for name, p in whole[-1].items())
-    assert ((tmp_path / "other" / "model.safetensors").read_bytes()
-            == (tmp_path / "whole" / "model.safetensors").read_bytes())
-
-
-@pytest.fixture
-def three_checkpoints(tmp_path, monkeypatch):
-    """Three random ones in tmp_path, for a training of one short stage: (layout, stage, args)."""
-    from experiments import train_tiny
-    layout = train_tiny.LAYOUTS["qwen2-vl"]
-    stage = train_tiny.Stage("read", "language", ((64, 32),), 2, 1, 1e-3, 1e-3)
-    monkeypatch.setitem(train_tiny.STAGES, "qwen2-vl", (stage,))
-    for name in ("one", "other", "third"):
-        train_tiny.save_checkpoint_folder(layout, layout.model_class(layout.config()),
-                                          tmp_path / name)
-    return layout, stage, SimpleNamespace(seed=0, device="cpu", layout="qwen2-vl", teacher=None,
-                                          work=tmp_path, out=tmp_path / "mean", average=[],
-                                          dtype="float32", workers=0, fonts=())
-
-
-def test_training_exports_the_mean_of_models(three_checkpoints, tmp_path):
-    from experiments import train_tiny
-    layout, _, args = three_checkpoints
-    args.average = [tmp_path / "other", tmp_path / "third"]
-    trainer = train_tiny.Trainer(args)
-    trainer.model = layout.model_class.from_pretrained(tmp_path / "one", dtype=torch.float32)
-    trainer.export()
-    *parts, mean = (load_file(tmp_path / name / "model.safetensors")
-                    for name in ("one", "other", "third", "mean"))
-    assert mean.keys() == parts[0].keys()
-    for name, x in mean.items():
-        exact = sum(part[name].double() for part in parts) / 3
-        assert ((x - exact).abs() <= exact.abs() / 256 + 1e-8).all()                # bfloat16
-        assert x.ndim < 2 or not torch.equal(x, parts[0][name])
-
-
-def test_training_that_starts_from_weights(three_checkpoints, tmp_path):
-    """The layers that name characters and hints learn before the model does; and once a state is
-    saved, it goes on from that, as the same command given again must."""
-    from experiments import train_tiny
-    layout, stage, args = three_checkpoints
-    trainer = train_tiny.Trainer(args)
-    seeing = replace(stage, step="vision")
-    naming = replace(stage, hinted=100)             # so that the loss is mostly that of the hints
-    batches = [train_tiny.make_batch(layout, part, random.Random(0))
-               for part in (seeing, naming)]
-
-    def losses():
-        return [trainer.loss(*batch, part)[0].item()
-                for batch, part in zip(batches, (seeing, naming))]
-
-    one = layout.model_class.from_pretrained(tmp_path / "one", dtype=torch.float32)
-    trainer.model.load_state_dict(one.state_dict())
-    before = losses()
-    trainer.start_from(tmp_path / "one", "read")
-    after = losses()
-    assert after[0] < before[0] - 1 and after[1] < before[1] - 10
-    assert all(map(torch.equal, one.parameters(), trainer.model.parameters()))
-    trainer.step = 1
-    trainer.save(every=0)
-    again = train_tiny.Trainer(args)
-    again.start_from(tmp_path / "other", "read")
-    assert again.step == 1
-    assert all(map(torch.equal, one.parameters(), again.model.parameters()))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_computes_in_the_dtype_that_was_asked_for(three_checkpoints, dtype):
-    """Matrix products; the weights stay float32."""
-    from experiments import train_tiny
-    layout, stage, args = three_checkpoints
-    args.dtype = dtype
-    trainer = train_tiny.Trainer(args)
-    trainer.loss(*train_tiny.make_batch(layout, stage, random.Random(0)), stage)
-    assert trainer.image_tokens.dtype == getattr(torch, dtype)
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-
-
-def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
-    """The built-in font's own file gives the same evaluation; --fonts reaches the training."""
-    from experiments import evaluate_tiny, train_tiny
-    fonts = tmp_path / "fonts" / "family"
-    fonts.mkdir(parents=True)
-    for name in ("a.ttf", "b.ttf"):
-        (fonts / name).write_bytes(ImageFont.load_default(16).font_bytes)
-    monkeypatch.setattr(evaluate_tiny, "load", lambda *arguments: tiny[TINY[0]])
-    about = []
-    for more in ((), ("--fonts", str(fonts.parent))):
-        evaluate_tiny.main(["--num", "2", "--kinds", "form", "--sizes", "96x48", *more,
-                            "--out", str(tmp_path / "evaluation.json")])
-        about.append(json.loads((tmp_path / "evaluation.json").read_text()))
-    assert about[0]["results"] == about[1]["results"]
-    assert about[1]["fonts"] == ["a.ttf", "b.ttf"] != about[0]["fonts"]
-    assert "--fonts" in about[1]["command"] and "--fonts" not in about[0]["command"]
-
-    seen = []
-    monkeypatch.setattr(train_tiny, "Trainer", lambda args: seen.extend(args.fonts) or
-                        SimpleNamespace(run=lambda: None))
-    train_tiny.main(["--fonts", str(fonts.parent), "--work", str(tmp_path), "--out", str(tmp_path),
-                     "--threads", str(torch.get_num_threads())])
-    assert [Path(font).name for font in seen] == ["a.ttf", "b.ttf"]
-
-
-def test_training_draws_a_stages_share_of_pages_in_other_fonts(monkeypatch):
-    from experiments import train_tiny
-    drawn, render_page = [], train_tiny.render_page
-    def page(rng, kind, width, height, fonts, **options):
-        drawn.append(fonts)
-        return render_page(rng, kind, width, height, **options)
-    monkeypatch.setattr(train_tiny, "render_page", page)
-    for share, fonts in ((0, ["a", "b"]), (0.25, ["a", "b"]), (1, ["a", "b"]), (1, ())):
-        stage = train_tiny.Stage("see", "vision", ((96, 48),), 200, 1, 1, 1, in_fonts=share)
-        drawn.clear()
-        train_tiny.make_batch(train_tiny.LAYOUTS["qwen2-vl"], stage, random.Random(0), fonts)
-        assert len(drawn) == drawn.count(fonts) + drawn.count((None,)) == 200
-        assert abs(drawn.count(fonts) / 200 - share * bool(fonts)) < 0.08
-
-
-@pytest.mark.parametrize("option", ["--start-from", "--average", "--teacher"])
-def test_training_from_what_is_no_checkpoint_of_the_layout_takes_one_line(tmp_path, capsys, option):
-    from experiments import train_tiny
-    (tmp_path / "empty").mkdir()
-    other = HERE / "tiny" / ("llava-next" if option == "--teacher" else "qwen2-vl")
-    for folder in (tmp_path / "none", tmp_path / "empty", other):
-        with pytest.raises(SystemExit) as end:
-            train_tiny.main(["--layout", "llava-next", option, str(folder), "--work", str(tmp_path),
-                             "--threads", str(torch.get_num_threads())])
-        error = capsys.readouterr().err
-        assert end.value.code == 2
-        assert error.count("\n") == 1 and option in error and str(folder) in error
-
-
-def test_the_second_small_model_learns_from_the_first(tmp_path, monkeypatch):
-    """Which of the teacher's image tokens shows the same cell; whose heads and neurons the decoder
-    starts with: query head h has the keys and values that it had in its group."""
-    from experiments import train_tiny
-    trainer = train_tiny.Trainer(SimpleNamespace(
-        seed=0, device="cpu", work=tmp_path, layout="llava-next", average=[],
-        dtype="bfloat16", teacher=HERE / "tiny" / "qwen2-vl"))
-    stage = train_tiny.Stage("test", "vision", ((256, 128),), 2, 1, 0, 0, ("form",))
-    first = train_tiny.LAYOUTS["qwen2-vl"]
-    monkeypatch.setattr(first, "zoom", trainer.layout.zoom)
-    batch, labels = train_tiny.make_batch(trainer.layout, stage, random.Random(1), teacher=first)
-    _, theirs = train_tiny.make_batch(first, stage, random.Random(1))
-    shown = batch["same_cell"] >= 0
-    assert shown.sum() == 2 * 20 * 10 and labels.any()
-    assert torch.equal(labels[shown], theirs[batch["same_cell"][shown]])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_tokens_equal_transformers(checkpoints, name):
+    _, reference, ours = checkpoints[name]
+    images = [picture(45, 60)]
+    prompt = model_llava.prepare(ours, images, "What is the Total?")
+    inputs = dict(ours.processor.image_processor(images, return_tensors="pt"))
+    if ours.config.family == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
     with torch.no_grad():
-        together = trainer.loss(batch, labels, stage)[0]
-        own = trainer.image_tokens.flatten(0, 1)[shown]
-        taught = trainer.teachers_tokens[batch["same_cell"][shown]].float()
-        apart = trainer.loss({"images": batch["images"]}, labels, stage)[0]
-        unlike = (own - taught).square().mean() / trainer.teachers_tokens.float().var(0).mean()
-    assert together - apart == pytest.approx(unlike.item(), rel=1e-3)
-
-    trainer.adopt_decoder()
-    for to, source in zip(trainer.model.model.language_model.layers,
-                          trainer.teacher.model.language_model.layers):
-        assert torch.equal(to.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
-        for own, taught in ((to.self_attn.k_proj, source.self_attn.k_proj),
-                            (to.self_attn.v_proj, source.self_attn.v_proj)):
-            own, taught = (p.weight.view(-1, 32, 256) for p in (own, taught))
-            assert all(torch.equal(own[h], taught[h // 2]) for h in range(8))
-        neurons = {tuple(gate): (up, down) for gate, up, down in zip(
-            source.mlp.gate_proj.weight.tolist(), source.mlp.up_proj.weight.tolist(),
-            source.mlp.down_proj.weight.T.tolist())}
-        for gate, up, down in zip(to.mlp.gate_proj.weight.tolist(), to.mlp.up_proj.weight.tolist(),
-                                  to.mlp.down_proj.weight.T.tolist()):
-            assert neurons[tuple(gate)] == (up, down)
+        expected = reference.generate(
+            input_ids=prompt.ids[None], **inputs, max_new_tokens=16, do_sample=False,
+            eos_token_id=sorted(ours.processor.end_tokens), pad_token_id=0)
+    result = sparsemm.generate(ours, images, "What is the Total?", "full", max_new_tokens=16)
+    assert result["token_ids"] == expected[0, len(prompt.ids):].tolist()
+    assert len(set(result["token_ids"])) > 1
 
 
-def _replayed(rng, stage):
-    """The generator as make_batch hands it to the renderer of its first page."""
-    rng.choice(stage.sizes), rng.choice(stage.kinds)
-    return rng
+VICUNA_7B = dict(
+    model_type="llava_next", image_token_index=32000, vision_feature_layer=-2,
+    projector_hidden_act="gelu",
+    image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    torch_dtype="float16",
+    text_config=dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5,
+                     vocab_size=32064),
+    vision_config=dict(model_type="clip_vision_model", hidden_size=1024, image_size=336,
+                       intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
+                       patch_size=14, projection_dim=768, vocab_size=32000))
+
+
+MISTRAL_7B = dict(VICUNA_7B, tie_word_embeddings=False, text_config=dict(
+    model_type="mistral", intermediate_size=14336, max_position_embeddings=32768,
+    num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
+    vocab_size=32064))
+
+
+QWEN_7B = dict(
+    model_type="qwen2_vl", image_token_id=151655, video_token_id=151656,
+    vision_start_token_id=151652, vision_end_token_id=151653, hidden_act="silu", hidden_size=3584,
+    intermediate_size=18944, max_position_embeddings=32768, max_window_layers=28,
+    num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-6,
+    rope_theta=1e6, sliding_window=32768, use_sliding_window=False, tie_word_embeddings=False,
+    torch_dtype="bfloat16", vocab_size=152064,
+    rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+    vision_config=dict(depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3,
+                       hidden_size=3584, patch_size=14, spatial_merge_size=2,
+                       spatial_patch_size=14, temporal_patch_size=2))
+
+
+QWEN_2B = dict(QWEN_7B, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+               num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936,
+               vision_config=dict(QWEN_7B["vision_config"], hidden_size=1536))
+
+
+GEOMETRIES = {"vicuna": (VICUNA_7B, (32, 32, 32, 128, 1e4)),
+              "mistral": (MISTRAL_7B, (32, 32, 8, 128, 1e6)),
+              "qwen": (QWEN_7B, (28, 28, 4, 128, 1e6)),
+              "qwen-2b": (QWEN_2B, (28, 12, 2, 128, 1e6))}
+
+
+@pytest.mark.parametrize("config, expected", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_published_checkpoints_have_exactly_our_tensors(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = model_llava.read_config(tmp_path)
+    assert (ours.layers, ours.heads, ours.kv_heads, ours.head_dim, ours.rope_theta) == expected
+    made = (LlavaNextForConditionalGeneration if ours.family == "llava_next"
+            else Qwen2VLForConditionalGeneration)
+    with torch.device("meta"):
+        reference = made(made.config_class.from_pretrained(tmp_path))
+        model = model_llava.MODELS[ours.family](ours)
+    theirs = {model_llava.hub_name(key, ours.family): tuple(p.shape)
+              for key, p in reference.named_parameters()}
+    published = model_llava.published_tensors(model)
+    assert {key: tuple(p.shape) for key, p in published.items()} == theirs
+
+
+def test_published_tensor_names():
+    """The hub's spelling, in which the two projects' tables could agree with each other and both be
+    wrong."""
+    with torch.device("meta"):
+        llava, qwen = (model_llava.published_tensors(model_llava.MODELS[family](
+            model_llava.convert_config(CHECKPOINTS[name](), family)))
+            for name, family in (("vicuna", "llava_next"), ("qwen", "qwen2_vl")))
+    assert {"image_newline", "language_model.lm_head.weight",
+            "language_model.model.embed_tokens.weight",
+            "language_model.model.layers.0.self_attn.q_proj.weight",
+            "multi_modal_projector.linear_1.bias",
+            "vision_tower.vision_model.embeddings.class_embedding",
+            "vision_tower.vision_model.pre_layrnorm.weight"} <= set(llava)
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias",
+            "model.norm.weight", "visual.blocks.0.attn.qkv.weight", "visual.merger.ln_q.weight",
+            "visual.merger.mlp.2.bias", "visual.patch_embed.proj.weight"} <= set(qwen)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen"])
+def test_all_spellings_of_a_checkpoint_load_alike(checkpoints, tmp_path, name):
+    folder, reference, ours = checkpoints[name]
+    spellings = {"hub": {key: t.clone() for key, t in model_llava.published_tensors(ours).items()},
+                 "memory": {key: t.clone() for key, t in reference.state_dict().items()}}
+    old = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq" if name == "mistral" else \
+        "model.layers.0.self_attn.rotary_emb.inv_freq"
+    spellings["hub"][old] = torch.zeros(4)                            # some old files carry buffers
+    for spelling, tensors in spellings.items():
+        copy = tmp_path / spelling
+        shutil.copytree(folder, copy)
+        save_file(tensors, copy / "model.safetensors")
+        for key, tensor in model_llava.load(copy, "cpu", "float32").state_dict().items():
+            assert torch.equal(tensor, ours.state_dict()[key]), (spelling, key)
+
+
+def test_sharded_weights_load_alike(checkpoints, tmp_path):
+    write_checkpoint(tmp_path, "mistral", max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expected = checkpoints["mistral"][2].state_dict()
+    for key, tensor in model_llava.load(tmp_path, "cpu", "float32").state_dict().items():
+        assert torch.equal(tensor, expected[key])
+
+
+def test_dtypes(checkpoints):
+    folder = checkpoints["qwen"][0]
+    for name in ("bfloat16", "float16"):
+        model = model_llava.load(folder, "cpu", name)
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+        result = sparsemm.generate(model, [picture(40, 40)], "Hi", "snapkv", budget=40,
+                                   max_new_tokens=3)
+        assert result["cache_bytes"] == 2 * 16 * 2 * sum(map(sum, result["kept"]))
+
+
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_joined_products_are_the_published_ones(checkpoints, name):
+    """q, k, v and gate, up: rows of the joined weights, in this order."""
+    folder, reference, ours = checkpoints[name]
+    theirs = reference.model.language_model.layers[1]
+    layer = ours.decoder.layers[1]
+    for joined, parts in ((layer.self_attn.qkv_proj, [theirs.self_attn.q_proj,
+                                                      theirs.self_attn.k_proj,
+                                                      theirs.self_attn.v_proj]),
+                          (layer.mlp.gate_up_proj, [theirs.mlp.gate_proj, theirs.mlp.up_proj])):
+        assert torch.equal(joined.weight, torch.cat([part.weight for part in parts]))
+        if joined.bias is not None:
+            assert torch.equal(joined.bias, torch.cat([part.bias for part in parts]))
+
+
+EXPECTED_PROMPTS = {"vicuna": "<s>USER: <image>\n<image>\nHi ASSISTANT:",
+                    "mistral": "<s>[INST] <image>\n<image>\nHi [/INST]",
+                    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+                            "<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n"
+                            "<|im_start|>assistant\n"}
+
+
+@pytest.mark.parametrize("name", EXPECTED_PROMPTS)
+def test_family_templates(checkpoints, name):
+    processor = checkpoints[name][2].processor
+    assert processor.tokenizer.decode(processor.token_ids(2, "Hi")) == EXPECTED_PROMPTS[name]
+
+
+def test_template_files_come_first_and_there_is_one_bos(checkpoints, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints["vicuna"][0], folder)
+    template = "{{ bos_token }}MARK{% for part in messages[0].content %}" \
+               "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}" \
+               "{% endfor %}"
+    config = model_llava.read_config(folder)
+    text = lambda: (p := model_llava.Processor(folder, config)).tokenizer.decode(
+        p.token_ids(1, "Hi"))
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": template.replace("MARK", "J")}))
+    assert text() == "<s>J<image>Hi"
+    (folder / "chat_template.jinja").write_text(template.replace("MARK", "X"))
+    assert text() == "<s>X<image>Hi"
+
+
+def test_end_tokens(checkpoints, tmp_path):
+    folder, _, ours = checkpoints["vicuna"]
+    assert ours.processor.end_tokens == {VOCABULARY["</s>"], VOCABULARY["<|im_end|>"]}
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert model_llava.Processor(copy, ours.config).end_tokens == {7}
+    (copy / "generation_config.json").unlink()
+    assert model_llava.Processor(copy, ours.config).end_tokens == {VOCABULARY["</s>"]}
+
+
+def test_generation_stops_at_any_end_token(checkpoints):
+    ours = checkpoints["vicuna"][2]
+    tokens = sparsemm.generate(ours, [picture(40, 40)], "Go", "full", max_new_tokens=9)["token_ids"]
+    before, ours.processor.end_tokens = ours.processor.end_tokens, {tokens[3], 0}
+    try:
+        result = sparsemm.generate(ours, [picture(40, 40)], "Go", "full", max_new_tokens=9)
+    finally:
+        ours.processor.end_tokens = before
+    assert result["token_ids"] == tokens[:tokens.index(tokens[3]) + 1]
+
+
+def seen_pixels(model, image, token, trials):
+    """Which of the `trials` (x, y) pixels of a black image change this token's pixels when painted
+    white, found by painting them one by one and running the image processor."""
+    def values(picture):
+        processed = model.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        return processed[0] if processed.dim() == 5 else processed
+    black = Image.new("RGB", (image.size[1], image.size[0]))
+    base, seen = values(black), []
+    for x, y in trials:
+        painted = black.copy()
+        painted.putpixel((x, y), (255, 255, 255))
+        difference = (values(painted) - base).abs()
+        seen.append(peak_token(model, image, difference) == token)
+    return seen
+
+
+def peak_token(model, image, difference):
+    """The grid token whose own pixels changed most."""
+    if model.config.family == "qwen2_vl":
+        merge = model.config.vision.spatial_merge_size ** 2
+        return int(difference.view(-1, merge * difference.shape[1]).sum(1).argmax())
+    s, patch = model.side, model.config.vision.patch_size
+    best = model_llava.best_resolution(image.size, model.config.pinpoints)
+    rows, columns = best[0] // (s * patch), best[1] // (s * patch)
+    tiles = (difference[1:].sum(1).view(rows, columns, s, patch, s, patch)
+             .sum((3, 5)))                                             # (rows, columns, s, s)
+    plane = tiles.transpose(1, 2).reshape(rows * s, columns * s)
+    r, c = divmod(int(plane.argmax()), columns * s)
+    down, across = model_llava.unpadded(rows * s, columns * s, image.size)
+    if not (down.start <= r < down.stop and across.start <= c < across.stop):
+        return None                                                      # cut away with the padding
+    return s * s + (r - down.start) * (image.grid[1] + 1) + c - across.start
+
+
+@pytest.mark.parametrize("size", [(50, 40), (130, 30), (25, 99), (61, 61)])
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_boxes_say_which_pixels_a_token_shows(checkpoints, name, size):
+    """A pixel painted white is brightest in the token whose box it lies in."""
+    ours = checkpoints[name][2]
+    image = model_llava.prepare(ours, [Image.new("RGB", size)], "Hi").images[0]
+    rng = random.Random(3)
+    for _ in range(25):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        centre = torch.tensor([x + 0.5, y + 0.5], dtype=torch.float64)
+        inside = ((image.boxes[:, :2] <= centre).all(1) & (centre < image.boxes[:, 2:]).all(1)
+                  & (image.kinds == 1))
+        edge = (image.boxes[inside].view(-1, 2, 2) - centre).abs().min() if inside.any() else 0
+        if edge < 1.0:
+            continue                                         # on a border, either neighbour will do
+        assert seen_pixels(ours, image, int(inside.nonzero()[0, 0]), [(x, y)]) == [True]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "qwen"])
+def test_boxes_tile_the_image(checkpoints, name):
+    """Grid boxes do not overlap, lie in the image and, where no padding was cut with an edge of it,
+    cover it."""
+    ours = checkpoints[name][2]
+    for size in [(56, 56), (84, 28), (40, 50), (130, 33)]:
+        image = model_llava.prepare(ours, [Image.new("RGB", size)], "Hi").images[0]
+        x0, y0, x1, y1 = image.boxes[image.kinds == 1].unbind(1)
+        assert (x0 >= 0).all() and (x1 <= size[0]).all() \
+            and (y0 >= 0).all() and (y1 <= size[1]).all()
+        area = ((x1 - x0) * (y1 - y0)).sum().item()
+        assert area == pytest.approx(size[0] * size[1], rel=0.12 if name == "vicuna" else 1e-9)
+        assert area <= size[0] * size[1] * (1 + 1e-9)
+        thumbnail = image.boxes[image.kinds == 0]
+        assert ((thumbnail[:, 2] - thumbnail[:, 0])
+                * (thumbnail[:, 3] - thumbnail[:, 1])).sum().item() == \
+            pytest.approx(size[0] * size[1] * (name == "vicuna"))
+        assert (image.boxes[image.kinds == 2] == 0).all()
+        assert (image.kinds == 2).sum() == (image.grid[0] if name == "vicuna" else 0)
+
+
+def test_published_llava_lays_out_as_many_tokens_as_transformers(tmp_path):
+    from transformers import LlavaNextProcessor
+    from transformers.image_processing_utils import select_best_resolution
+    (tmp_path / "config.json").write_text(json.dumps(VICUNA_7B))
+    with torch.device("meta"):
+        model = model_llava.LlavaNext(model_llava.read_config(tmp_path))
+    rng, pins = random.Random(0), VICUNA_7B["image_grid_pinpoints"]
+    for size in [(336, 672), (1, 700), (700, 1), *((rng.randint(20, 3000), rng.randint(20, 3000))
+                                                   for _ in range(200))]:
+        down, across = (edge // 336 for edge in select_best_resolution(size, pins))
+        grid, newlines = LlavaNextProcessor._get_unpadded_features(
+            None, *size, 24, 24, down, across)
+        image = model.lay_out(size, None)
+        assert (len(image), image.grid[0]) == (24 * 24 + grid + newlines, newlines), size
+
+
+# ---- the shipped models --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_fast_decode_writes_what_the_loop_over_heads_writes_in_bfloat16(monkeypatch, name):
+def test_the_packed_twin_writes_what_the_loop_writes_in_bfloat16(monkeypatch, name):
     model = model_llava.load(HERE / "tiny" / name, "cpu", "bfloat16")
+
+    def packed_step(model, held):
+        def step(token, position):
+            held.extend()
+            return model.decode(token, position, PackedAttention(held).attend)
+        return step
+
     for sample in SAMPLES[::3]:
-        written = []
-        for by_head in (False, True):
-            monkeypatch.setattr(sparsemm, "KVCache", partial(KVCache, by_head=by_head))
-            written.append(sparsemm.generate(
-                model, [open_image(HERE / "tiny" / sample["image"])], sample["prompt"], budget=128,
-                scores=sparsemm.find_scores(model, None))["token_ids"])
-        assert written[0] == written[1]
+        arguments = (model, [open_image(HERE / "tiny" / sample["image"])], sample["prompt"])
+        settings = dict(budget=128, head_scores=sparsemm.find_head_scores(model, None))
+        loop = sparsemm.generate(*arguments, **settings)["token_ids"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sparsemm, "decoding_step", packed_step)
+            assert sparsemm.generate(*arguments, **settings)["token_ids"] == loop
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["prompt"])
@@ -1892,34 +1520,11 @@ def test_sample_questions_are_answered_from_a_cache_that_evicts(tiny, name, samp
     model = tiny[name]
     image = open_image(HERE / "tiny" / sample["image"])
     result = sparsemm.generate(model, [image], sample["prompt"],
-                               scores=sparsemm.find_scores(model, None))
+                               head_scores=sparsemm.find_head_scores(model, None))
     c = model.config
     assert result["text"] == sample["answer"]
     assert (sum(map(sum, result["kept"])) == 256 * c.layers * c.kv_heads
             < result["prompt_tokens"] * c.layers * c.kv_heads)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_a_page_that_is_read_once_is_answered_as_if_each_question_were_alone(tiny, name):
-    from experiments.evaluate_tiny import answers
-    samples, image = SAMPLES[:2], open_image(HERE / "tiny" / SAMPLES[0]["image"])
-    assert {sample["image"] for sample in samples} == {SAMPLES[0]["image"]}
-    texts, image_tokens = answers(tiny[name], image, [
-        (sample["prompt"], right) for sample in samples for right in (sample["answer"], "wrong")])
-    alone = [sparsemm.generate(tiny[name], [image], sample["prompt"], method="full")
-             for sample in samples]
-    assert texts == [result["text"] for result in alone for _ in (0, 1)]
-    assert image_tokens == model_llava.prepare(tiny[name], [image], "What?").image_tokens
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_shipped_weights_are_those_of_the_model_card(tiny, name):
-    """Loading is strict, so that `tiny` holds exactly the tensors of the file."""
-    weights = HERE / "tiny" / name / "model.safetensors"
-    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert f"| `{name}` | `{checksum}` |" in (HERE / "tiny" / "README.md").read_text()
-    assert tiny[name].config.layers * tiny[name].config.heads >= 64
-    assert sum(f.stat().st_size for f in weights.parent.iterdir()) <= 12_000_000
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -1956,22 +1561,8 @@ def test_shipped_model_writes_what_transformers_writes(tiny, name):
         assert result["token_ids"] == written[0, len(prompt.ids):].tolist()
 
 
-@pytest.mark.parametrize("name, kind, size, floor", FLOORS)
-def test_new_pages_are_read(tiny, name, kind, size, floor):
-    """One question each about pages that no training batch has drawn. The floor lies under the
-    share that tiny/README.md states."""
-    from experiments.pages import render_page
-    right = 0
-    for i in range(10):
-        rng = random.Random(f"new page {i}")
-        page = render_page(rng, kind, *size)
-        key, value = rng.choice(page.questions)
-        answer = sparsemm.generate(tiny[name], [page.image], f"What is the {key}?", "full")["text"]
-        right += answer == value
-    assert right >= floor
-
-
 # ---- the command ---------------------------------------------------------------------------------
+
 
 def run(capfd, *argv):
     """(stdout, stderr) of the command."""
@@ -1997,8 +1588,8 @@ def test_the_whole_answer_is_out_before_the_report(capfd, monkeypatch):
 
 
 RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "image_tokens", "method", "budget", "kept",
-               "cache_bytes", "full_cache_bytes", "prefill_seconds", "decode_seconds",
-               "new_tokens"}
+               "cache_bytes", "full_cache_bytes", "allocated_bytes", "prefill_seconds",
+               "decode_seconds", "new_tokens"}
 
 
 def test_command_json(checkpoints, capfd, tmp_path):
@@ -2035,15 +1626,6 @@ def test_command_takes_several_questions(checkpoints, capfd, tmp_path):
     assert second["kept"][0][0] > 40
     fresh = json.loads(run(capfd, *arguments, "--json", "--fresh")[0])["runs"]
     assert fresh[0]["token_ids"] == first["token_ids"] and fresh[1]["kept"] == [[40] * 2] * 3
-
-
-def test_command_shows_heads(checkpoints, capfd, tmp_path):
-    picture(50, 70).save(tmp_path / "a.png")
-    score_heads.write_scores([torch.rand(2, 6, dtype=torch.float64)], tmp_path / "scores.json")
-    run(capfd, "--model", checkpoints["mistral"][0], "--image", tmp_path / "a.png",
-        "--prompt", "Hi", "--scores", tmp_path / "scores.json", "--max-new-tokens", 4,
-        "--show-heads", tmp_path / "look.png", "--show-token", 2)
-    assert Image.open(tmp_path / "look.png").width > 6 * 50
 
 
 def test_command_compares_every_method(checkpoints, capfd, tmp_path):
@@ -2088,7 +1670,67 @@ def test_command_needs_no_model_code_of_transformers(done):
     assert done.returncode == 0, done.stderr
 
 
+SCRIPTS = ("cache", "model_llava", "sparsemm", "score_heads")
+
+
+def alone(checkpoints, folder):
+    """The four scripts and tiny/ in a folder without experiments/: imports and every command."""
+    for name in SCRIPTS:
+        shutil.copy(HERE / f"{name}.py", folder)
+    (folder / "tiny").symlink_to(HERE / "tiny")
+    annotated(folder)
+    return ["-c", f"""if True:
+        import os, subprocess, sys
+        os.chdir({str(folder)!r})
+        run = lambda *command: subprocess.run([sys.executable, *command], check=True)
+        run("-c", "import {', '.join(SCRIPTS)}")
+        run("sparsemm.py", "--image", "tiny/receipt.png", "--prompt", "What is the Total?")
+        run("cache.py")
+        run("score_heads.py", "--data", "data.json", "--num", "2", "--transcript", "truth",
+            "--out", "s.json")
+        """]
+
+
+def annotated(folder):
+    """A file of seven annotated pages in the folder."""
+    for i in range(7):
+        picture(64, 48, seed=i).save(folder / f"{i}.png")
+    (folder / "data.json").write_text(json.dumps([
+        {"image_name": f"{i}.png", "2_coord": [{"chunk": "ab", "coord": [[0, 0], [63, 47]]}]}
+        for i in range(7)]))
+    return folder / "data.json"
+
+
+@beside(alone)
+def test_the_four_scripts_stand_alone(done):
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("74.18\n") and (done.folder / "s.json").exists()
+
+
+def test_scripts_import_no_experiments_and_there_is_no_circle():
+    """At module level. experiments/ imports the scripts, never the other way round; pages that are
+    rendered and pictures are imported where they are asked for."""
+    files = {path.relative_to(HERE).with_suffix("").as_posix().replace("/", "."): path
+             for path in (*HERE.glob("*.py"), *HERE.glob("experiments/*.py"))}
+    imports = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        imports[name] = found & files.keys()
+    assert not [name for name in SCRIPTS for other in imports[name] if other not in SCRIPTS]
+    left = dict(imports)
+    while free := [name for name in left if not left[name] & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left                                                 # who imports one another
+
+
 # ---- bad input -----------------------------------------------------------------------------------
+
 
 def rejected(capfd, *argv, main=sparsemm.main):
     """The one line on stderr of a command that ends with status 2 and says nothing on stdout."""
@@ -2104,25 +1746,36 @@ def rejected(capfd, *argv, main=sparsemm.main):
 
 @pytest.mark.parametrize("arguments, expected", [
     (["--prompt", "  "], ["--prompt", "empty"]),
-    (["--budget", 31], ["--budget", "31", "32"]),
-    (["--budget", 0], ["--budget", "0"]),
-    (["--budget", -5], ["--budget", "-5"]),
+    (["--budget", 31], ["budget", "31", "32"]),
+    (["--budget", 0], ["budget", "0"]),
+    (["--budget", -5], ["budget", "-5"]),
     (["--budget", "many"], ["--budget", "many"]),
-    (["--window", 0], ["--window", "0", "1"]),
-    (["--rho", 1.5], ["--rho", "1.5", "between 0 and 1"]),
-    (["--rho", "nan"], ["--rho", "nan"]),
-    (["--max-new-tokens", 0], ["--max-new-tokens", "0"]),
+    (["--window", 0], ["window", "0", "1"]),
+    (["--rho", 1.5], ["rho", "1.5", "between 0 and 1"]),
+    (["--rho", "nan"], ["rho", "nan"]),
+    (["--max-new-tokens", 0], ["max_new_tokens", "0"]),
     (["--method", "best"], ["--method", "best", "snapkv"]),
     (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
-    (["--device", "gpu"], ["--device", "gpu", "cuda"]),
+    (["--device", "gpu"], ["device", "gpu", "cuda"]),
     (["--image", "none.png"], ["--image", "none.png", "no such file"]),
     (["--image", "."], ["--image", ".", "not a file"]),
     (["--image", __file__], ["--image", __file__, "not a picture"]),
     (["--show-heads", "a.txt"], ["--show-heads", "a.txt", ".png"]),
     (["--show-heads", "a.png"], ["--show-heads", "one --image"]),
+    (["--seed", "x"], ["--seed", "x"]),
     (["--show-heads", "none/a.png"], ["--show-heads", "none/a.png", "exists"]),
     (["--model", "no/such/folder"], ["no/such/folder", "no such folder"]),
     (["--prompt", "a <|image_pad|> b"], ["prompt", "<|image_pad|>"]),
+    (["--prompt", "a \udcff"], ["udcff"]),
+    (["--prompt", " \t"], ["' \\t' is empty"]),
+    (["--scores", ""], ["scores"]),
+    (["--scores", "a", "--method", "snapkv"], ["--scores", "no effect"]),
+    (["--fresh"], ["--fresh", "no effect"]),
+    (["--show-token", 1], ["--show-token", "no effect"]),
+    (["--show-heads", "none/a.png", "--image", "a"], ["--show-heads", "cannot be written"]),
+    (["--show-heads", "tiny/a.png", "--image", "tiny/../tiny/a.png"], ["named twice"]),
+    (["--seed", -1, "--method", "snapkv"], ["seed", "-1"]),
+    (["--seed", "1e30"], ["--seed", "1e30"]),
 ])
 def test_bad_arguments(capfd, arguments, expected):
     line = rejected(capfd, "--prompt", "Hi", *arguments)
@@ -2131,7 +1784,7 @@ def test_bad_arguments(capfd, arguments, expected):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there(capfd):
-    assert "--device" in rejected(capfd, "--prompt", "Hi", "--device", "cuda")
+    assert "device" in rejected(capfd, "--prompt", "Hi", "--device", "cuda")
 
 
 def test_damaged_images(capfd, tmp_path):
@@ -2142,7 +1795,6 @@ def test_damaged_images(capfd, tmp_path):
     # the header of a PNG of 60,000 x 60,000 pixels
     bomb = bytearray(data.getvalue())
     bomb[16:24] = struct.pack(">II", 60000, 60000)
-    import zlib
     bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
     (tmp_path / "bomb.png").write_bytes(bytes(bomb))
     assert "too large" in rejected(capfd, "--prompt", "Hi", "--image", tmp_path / "bomb.png")
@@ -2188,7 +1840,19 @@ def test_bad_checkpoints(checkpoints, capfd, tmp_path):
     line = broken("j", config('"num_hidden_layers": 3', '"num_hidden_layers": "x"'))
     assert "config.json" in line and "num_hidden_layers" in line
     assert "mrope_section" in broken("l", config('"mrope_section"', '"mrope_sections"'))
-    assert "template" in broken("k", lambda copy: (copy / "chat_template.jinja").write_text("{% x"))
+    write = lambda name, text: lambda copy: (copy / name).write_text(text)
+    assert "quantized" in broken("m", config(
+        '"model_type": "qwen2_vl",', '"model_type": "qwen2_vl", "quantization_config": {"b": 4},'))
+    line = broken("n", config(f'"image_token_id": {VOCABULARY["<|image_pad|>"]}',
+                              '"image_token_id": 3'))
+    assert "<|image_pad|> is token 8" in line and "3 in config.json" in line
+    line = broken("o", lambda copy: (copy / "model.safetensors").rename(copy / "pytorch_model.bin"))
+    assert "pytorch_model.bin" in line and "safetensors is right" in line
+    line = broken("p", lambda copy: (copy / "config.json").rename(copy / "adapter_config.json"))
+    assert "adapter_config.json" in line and "no adapter alone" in line
+    for name in ("../weights.safetensors", "/dev/zero"):
+        assert "leads out" in broken("q" + name[-4:], write(
+            "model.safetensors.index.json", json.dumps({"weight_map": {"a": name}})))
     line = rejected(capfd, "--prompt", "Hi", "--model", folder)
     assert "score_heads.py" in line and "snapkv" in line
 
@@ -2223,9 +1887,9 @@ def test_bad_score_files(checkpoints, capfd, tmp_path, content, expected):
                                      "--prompt", "Hi"],
         HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE="/nonexistent")
 def test_hub_without_network(done):
-    """In a process of its own: nothing, not even a library's warning, comes before the one line."""
+    """In a process of its own: nothing, not even a library's warning, comes beside two lines."""
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "someone/some-model" in done.stderr
+    assert done.stderr.count("\n") == 2 and done.stderr.count("someone/some-model") == 2
 
 
 def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
@@ -2238,17 +1902,10 @@ def test_a_window_larger_than_the_prompt_is_fine(checkpoints, capfd):
 
 @pytest.mark.parametrize("script, argument, value", [
     ("score_heads", "--heatmap", "heads.bmp"), ("score_heads", "--out", "none/scores.json"),
-    ("evaluate_tiny", "--model", "none"), ("evaluate_tiny", "--num", 0),
-    ("evaluate_tiny", "--out", "none/evaluation.json"), ("evaluate_tiny", "--sizes", "9x9"),
-    ("evaluate_tiny", "--fonts", "none"), ("train_tiny", "--fonts", "broken"),
-    ("train_tiny", "--work", "file/work"), ("train_tiny", "--out", "file"),
-    ("train_tiny", "--device", "gpu"), ("train_tiny", "--threads", 0),
-    ("train_tiny", "--workers", -1), ("train_tiny", "--report", 0),
-    ("reproduce", "--out", "file/results"),
-    ("bench scoring", "--model", "none"), ("bench scoring", "--num", 0),
-    ("bench decode", "--lengths", 31), ("bench decode", "--budgets", "few"),
-    ("bench decode", "--out", "none/bench.json"),
-    ("pages", "--out", "page.bmp"), ("pages", "--width", 31),
+    ("score_heads", "--num", 0), ("score_heads", "--width", 31), ("score_heads", "--data", "none"),
+    ("score_heads", "--num", 10**30), ("score_heads", "--height", 10**6),
+    ("score_heads", "--data", ""), ("score_heads", "--data", "/dev/zero"),
+    ("score_heads", "--data", "broken/font.ttf"),
     ("cache", "--scores", "none"), ("cache", "--scores", "broken/font.ttf"),
     ("cache", "--kv-heads", 3), ("cache", "--budget", "few"), ("cache", "--window", 257)])
 def test_scripts_refuse_in_one_line(capfd, monkeypatch, tmp_path, script, argument, value):
@@ -2257,625 +1914,188 @@ def test_scripts_refuse_in_one_line(capfd, monkeypatch, tmp_path, script, argume
     Path("file").touch()
     Path("broken").mkdir()
     Path("broken", "font.ttf").write_text("no font")
-    name, *part = script.split()
-    folder = "" if name in ("cache", "score_heads") else "experiments."
-    main = importlib.import_module(folder + name).main
-    required = ["--out", "page.png"] if (name, argument) == ("pages", "--width") else []
-    line = rejected(capfd, *part, argument, value, *required, main=main)
+    main = {"score_heads": score_heads, "cache": cache}[script].main
+    line = rejected(capfd, argument, value, main=main)
     assert argument.strip("-") in line and str(value) in line
     assert {path.name for path in Path().iterdir()} == {"file", "broken"}
 
 
-# ---- the seven benchmarks ------------------------------------------------------------------------
-
-@pytest.mark.parametrize("prediction, answers, expected", [
-    ("hello", ["hello"], 1),
-    ("  HELLO \n World", ["hello world"], 1),
-    ("abcd", ["abxx"], 0.5),                                           # exactly 0.5 still counts
-    ("abc", ["axx"], 0),                                               # 1/3 does not
-    ("abcdefg", ["abcdxxx"], 4 / 7),
-    ("abcd", ["zzzz", "abcx", "abxx"], 0.75),                          # the best answer
-    ("", ["abc"], 0),
-    ("", [""], 1),
-    ("total 5", ["5"], 0),                                             # 1 - 6/7
-])
-def test_anls_by_hand(prediction, answers, expected):
-    assert metrics.anls(prediction, answers) == pytest.approx(expected)
+def test_what_is_written_is_written_whole_to_what_was_meant(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    sparsemm.write_file(tmp_path / "link", "new")
+    assert (tmp_path / "real").read_text() == "new" and (tmp_path / "link").is_symlink()
+    (tmp_path / "circle").symlink_to("circle")
+    for path in (tmp_path, "/dev/null", tmp_path / "circle", tmp_path / "none" / "a", "",
+                 tmp_path / ("n" * 300)):
+        with pytest.raises(ValueError, match="cannot be written"):
+            sparsemm.check_output(path, "--out")
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link", "circle"}
 
 
-def test_ocrbench_containment():
-    assert metrics.contains("It says OPEN now.", ["closed", "open"]) == 1
-    assert metrics.contains("open", ["Open now"]) == 0                 # not the other way round
-    assert metrics.contains("first\nsecond", ["First second"]) == 1
-    assert metrics.contains("x ^ { 2 }", ["x^{2}"]) == 0
-    assert metrics.contains("so x ^ {2} + 1", ["x ^{ 2\n}"], ignore_spaces=True) == 1
-    assert metrics.contains("firstsecond", ["first second"]) == 0
+@pytest.mark.parametrize("content, expected", [
+    (b"\xef\xbb\xbf[1]", None), (b"[" * 10**5, "not JSON"), (b"\xff", "not JSON"),
+    (b"1" * 5000, "not JSON"), (b" " * 2000, "at most 1,000 bytes")])
+def test_json_files_of_every_kind(tmp_path, content, expected):
+    (tmp_path / "a.json").write_bytes(content)
+    if expected is None:
+        assert cache.read_json(tmp_path / "a.json", "file", 1000) == [1]
+    else:
+        with pytest.raises(ValueError, match=f"file .*{expected}"):
+            cache.read_json(tmp_path / "a.json", "file", 10**6 if len(content) > 2000 else 1000)
+    with pytest.raises(ValueError, match="regular"):
+        cache.read_json("/dev/zero", "file")
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("The Two dogs.", "2 dogs"), ("an apple", "apple"), ("None", "0"), ("ten", "10"),
-    ("1,000", "1000"), ("$3.50", "$3.50"), ("U.S.A.", "usa"), ("is it?", "is it"),
-    ("red-green", "red green"), ("red - green", "red green"), ("re-do - it", "redo it"),
-    ("(yes)", "yes"), ("dont", "don't"), ("couldnt've", "couldn't've"), ("oclock", "o'clock"),
-    ("what's up", "what 's up"), (" two\nlines\there ", "2 lines here"), ("the", ""),
-])
-def test_vqa_answers_are_normalised_as_by_evalai(text, expected):
-    assert metrics.normalise_answer(text) == expected
+def test_pictures_of_every_mode(tmp_path, capfd):
+    """Half of each is transparent, or black, and half is middle grey."""
+    half, deep = Image.new("L", (2, 1), 128), np.array([[0, 32896]])
+    half.putpixel((0, 0), 0)
+    clear = Image.new("L", (2, 1), 255)
+    clear.putpixel((0, 0), 0)
+    pale = Image.merge("LA", [half, clear])
+    palette = half.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    for expected, image in ((255, pale), (255, pale.convert("RGBA")), (255, palette), (0, half),
+                            (0, half.convert("CMYK")), (0, Image.fromarray(deep.astype("uint16"))),
+                            (0, Image.fromarray(deep.astype("int32"))),
+                            (0, Image.fromarray((deep / 65535).astype("float32")))):
+        path = tmp_path / ("a.tiff" if image.mode in ("CMYK", "I", "F") else "a.png")
+        image.save(path)
+        seen = open_image(path)
+        assert seen.mode == "RGB"
+        assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(expected,) * 3, (128,) * 3], image.mode
+    with pytest.raises(ValueError, match="0 to 1 is right"):
+        Image.fromarray(deep.astype("float32")).save(tmp_path / "a.tiff")
+        open_image(tmp_path / "a.tiff")
+    picture(9, 9).save(tmp_path / "a.gif", save_all=True, append_images=[picture(9, 9, seed=1)])
+    open_image(tmp_path / "a.gif")
+    assert "2 frames; the first" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("matching, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1),
-                                                (10, 1)])
-def test_vqa_accuracy_votes_among_nine_of_ten(matching, expected):
-    """With 3 of 10: left-out answers that match see 2 others, 2/3; the seven others see 3, 1."""
-    answers = ["The Red."] * matching + [f"blue {i}" for i in range(10 - matching)]
-    assert metrics.vqa_accuracy("red", answers) == pytest.approx(expected)
-    assert metrics.vqa_accuracy("RED!", answers) == pytest.approx(expected)
+def test_what_may_not_be_meant_is_said(checkpoints, capfd, tmp_path):
+    cache.note.cache_clear()                                           # each is said once only
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints["qwen"][0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 50
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "s.json").write_text(json.dumps(GOOD_SCORES, indent=4))     # as the authors' files
+    (tmp_path / "s.about.json").write_text(json.dumps({"model": "someone/other"}))
+    _, err = run(capfd, "--model", folder, "--prompt", "d\u00e9j\u00e0 <|im_end|>", "--scores",
+                 tmp_path / "s.json", "--max-new-tokens", 1)
+    for words in ("someone/other", "not know '\u00e9' '\u00e0'; this model knows printable ASCII",
+                  "<|im_end|> is no text", "the 50 tokens", "without a picture"):
+        assert err.count(words) == 1, (words, err)
 
 
-@pytest.mark.parametrize("prediction, answer, expected", [
-    ("105", "100", 1), ("95", "100", 1), ("105.1", "100", 0), ("-95", "-100", 1), ("95", "-100", 0),
-    ("5%", "0.05", 1), ("5%", "5", 0), ("5.2%", "5%", 1), ("0", "0", 1), ("0.0", "0", 0),
-    ("0%", "0", 0), ("0.01", "0", 0), ("Yes", "yes", 1), ("yes ", "yes", 0), ("1,000", "1000", 0),
-    ("1,000", "1,000", 1), ("ten", "10", 0), ("%", "%", 1), ("", "", 1),
-])
-def test_chartqa_relaxed_accuracy(prediction, answer, expected):
-    assert metrics.relaxed_match(prediction, answer) == expected
+@pytest.mark.parametrize("template", [
+    "{% for message in messages %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endfor %}",
+    "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}", "{% x",
+    "{{ raise_exception('no') }}"])
+def test_templates_of_text_models_give_way_to_the_familys(checkpoints, capfd, tmp_path, template):
+    """The first as in the published tokenizer_config.json of Mistral-7B-Instruct-v0.2."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints["mistral"][0], folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(about, chat_template=template)))
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    processor = model_llava.Processor(folder, checkpoints["mistral"][2].config)
+    assert processor.tokenizer.decode(processor.token_ids(2, "Hi")) == EXPECTED_PROMPTS["mistral"]
+    assert "chat template" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("prediction, letter", [
-    ("B", "B"), ("B.", "B"), ("(B)", "B"), ("B: dog", "B"), ("The answer is B.", "B"),
-    ("b", None), ("E", None), ("", None), ("A or B", None), ("A. cat, B. dog", None),
-    ("a dog", "B"), ("It is a DOG", "B"), ("cat and dog", None), ("A dog is in the picture", "B"),
-    ("Ah, Bats", None),
-])
-def test_mmbench_choice_is_a_unique_letter_or_text(prediction, letter):
-    assert metrics.choose(prediction, {"A": "cat", "B": "dog", "C": "cow"}) == letter
+def test_saved_pages_are_not_lost(checkpoints, capfd, monkeypatch, tmp_path):
+    folder, real, calls = tmp_path / "qwen", score_heads.score_transcript, []
+    shutil.copytree(checkpoints["qwen"][0], folder)
+    data, out = annotated(tmp_path), tmp_path / "s[1].json"
+    foreign = [tmp_path / name for name in ("s1.json.part0", "s[1].json.part-of-thesis-2")]
+    for path in foreign:
+        path.write_text("mine")
+    arguments = ("--model", folder, "--data", data, "--out", out, "--transcript", "truth")
 
-
-def test_mmbench_is_circular():
-    indices = [7, 1_000_007, 2_000_007, 8, 1_000_008, 3_000_009]
-    assert metrics.circular(indices, [1, 1, 1, 1, 0, 1]) == {7: 1, 8: 0, 9: 1}
-
-
-def test_cider_by_hand():
-    red, cat, cow = "a red dog runs fast", "the blue cat sleeps", "one cow eats"
-    references = [[red], [cat], [cow]]
-    # identical; the last has no 4-grams, which count 0
-    assert metrics.cider([red.upper() + "!", cat, cow], references) == pytest.approx([10, 10, 7.5])
-    assert metrics.cider([cat, cow, red], references) == [0, 0, 0]                     # disjoint
-    assert metrics.cider([red], [[red]]) == [0]                      # one image: ln 1 - ln 1 = 0
-    assert metrics.cider(["", cat], [[red], [cat]]) == pytest.approx([0, 10])
-    # "a" is common to both images and weighs 0, "dog" weighs ln 2; bigrams: none against one
-    two = [["a dog"], ["a cat"]]
-    assert metrics.cider(["dog", "cat"], two) == pytest.approx([10 / 4 * math.exp(-1 / 72)] * 2)
-    # 2 ln 2 is clipped to ln 2: ln 2 * ln 2 / (2 ln 2 * ln 2) = 1/2; no bigram in common
-    assert metrics.cider(["dog dog", ""], two) == pytest.approx([10 / 4 / 2, 0])
-    # the mean over references: the other one shares nothing
-    assert metrics.cider(["dog", ""], [["a dog", "a cow"], ["a cat"]]) == \
-        pytest.approx([10 / 4 / 2 * math.exp(-1 / 72), 0])
-    assert metrics.tokenize("It's 3.50, a co-op.") == ["it", "'s", "3.50", "a", "co-op"]
-
-
-ASKED = {"docvqa": (32, "\nAnswer the question using a single word or phrase."),
-         "ocrbench": (128, ""),
-         "textvqa": (32, "\nAnswer the question using a single word or phrase."),
-         "chartqa": (16, "\nAnswer the question with a single word."),
-         "textcaps": (64, "Provide a one-sentence caption for the provided image."),
-         "mmbench": (1024, "\n\nAnswer with the option's letter from the given choices directly."),
-         "vqav2": (16, "\nAnswer the question using a single word or phrase.")}
-HIGHEST = {"textcaps": lambda score: 2 < score <= 10, "textvqa": lambda score: score >= 0.9,
-           "vqav2": lambda score: score >= 0.9}
-
-
-def evaluate_on(capfd, *argv):
-    """What the command prints."""
-    capfd.readouterr()
-    evaluate.main([str(a) for a in argv])
-    return capfd.readouterr().out
-
-
-@pytest.mark.parametrize("task", evaluate.TASKS)
-def test_right_answers_get_the_highest_score(tiny, monkeypatch, capfd, tmp_path, task):
-    """From a miniature's file to the table, with a model that knows the answers."""
-    data = miniatures.make_miniature(task, tmp_path, 4)
-    assert "miniature" in data.name and "miniature" in data.parent.name
-    rows, asked = evaluate.read_rows(data), []
-
-    def knows(model, images, prompt, method, budget, **more):
-        answers = evaluate.read_example(task, rows[len(asked)], len(asked), data.parent).answers
-        assert images[0].tobytes() == \
-            open_image(data.parent / rows[len(asked)]["image"]).tobytes()
-        asked.append((prompt, more["max_new_tokens"]))
-        return dict(text=max(answers, key=answers.count), kept=[[3, 4], [5, 6]], prompt_tokens=9)
-
-    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny[TINY[-1]])
-    monkeypatch.setattr(evaluate, "generate", knows)
-    printed = evaluate_on(capfd, "--task", task, "--data", data, "--methods", "full",
-                          "--out", tmp_path / "out")
-    result = json.loads((tmp_path / "out" / "table.json").read_text())["results"][0]
-    assert HIGHEST.get(task, lambda score: score == 1)(result["score"]), result
-    assert (result["n"], result["kept_entries"], result["share_kept"]) == (4, 18, 0.5)
-    assert printed.splitlines()[-1].split()[:2] == ["full", "-"]
-    assert {(tokens, prompt.endswith(ASKED[task][1])) for prompt, tokens in asked} == \
-        {(ASKED[task][0], True)}
-    lines = (tmp_path / "out" / "scores.jsonl").read_text().splitlines()
-    assert [json.loads(line)["row"] for line in lines] == list(range(len(rows)))
-
-
-def test_prompts_by_hand():
-    def prompt(task, **row):
-        row = {"image": "a.png", "question": "Which Shop is it?", "answer": "A", "index": 1, **row}
-        return evaluate.TASKS[task].ask(row)
-    assert prompt("textvqa") == "Which shop is it?"
-    assert prompt("docvqa") == prompt("vqav2") == prompt("chartqa") == "Which Shop is it?"
-    assert prompt("ocrbench", question=" Read it.\n") == "Read it."
-    assert prompt("textcaps") == ""
-    assert prompt("mmbench", hint="nan", A="Aldi", B=7, C=None, D=math.nan, E="") == \
-        "Which Shop is it? There are several options:\nA. Aldi\nB. 7"
-    assert prompt("mmbench", hint="Look.", A="x", B="y") == \
-        "Look. Which Shop is it? There are several options:\nA. x\nB. y"
-
-
-def test_chartqa_and_mmbench_report_their_parts():
-    def example(number, answers, **row):
-        return evaluate.Example(number, 0, Path("a"), "", answers, row)
-    charts = [example(i, ["100"], type=kind)
-              for i, kind in enumerate(["human_test", "human_test", "augmented_test"])]
-    assert evaluate.judge_chartqa(charts, ["101", "no", "100"]) == \
-        ([1, 0, 1], dict(score=pytest.approx(2 / 3), n=3, human=0.5, augmented=1))
-    assert evaluate.judge_chartqa(charts[:1], ["1"])[1]["augmented"] is None
-    rows = [example(i, [answer], index=index, A="cat", B="dog") for i, (index, answer) in
-            enumerate([(5, "A"), (1_000_005, "B"), (6, "A"), (1_000_006, "B")])]
-    assert evaluate.judge_mmbench(rows, ["A", "dog", "A", "what"]) == \
-        ([1, 1, 1, 0], dict(score=0.5, n=2, unparsed=0.25))
-
-
-def write_data(folder, num):
-    """A file in VQAv2's fields, of `num` rows about random pictures."""
-    for i in range(num):
-        picture(40 + 8 * i, 50, seed=i).save(folder / f"{i}.png")
-    rows = [dict(question_id=100 + i, question=f"What {i}?", image=f"{i}.png",
-                 answers=[{"answer": "x"}, {"answer": "yz"}]) for i in range(num)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def contents(folder):
-    return [(folder / name).read_text() for name in ("scores.jsonl", "table.json")]
-
-
-def test_an_evaluation_is_resumed_after_a_kill(checkpoints, monkeypatch, capfd, tmp_path):
-    folder, _, ours = checkpoints["qwen"]
-    write_data(tmp_path, 3)
-    monkeypatch.setattr(evaluate, "load", lambda *arguments: ours)
-    real, calls = sparsemm.generate, []
-
-    def dies(*arguments, **more):
+    def dies(*arguments):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*arguments, **more)
+        return real(*arguments)
 
-    command = ("--task", "vqav2", "--data", tmp_path / "data.jsonl", "--model", folder,
-               "--methods", "full,snapkv", "--budgets", "40, 50")
-    evaluate_on(capfd, *command, "--out", tmp_path / "whole")
-    monkeypatch.setattr(evaluate, "generate", dies)
-    cut = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_on(capfd, *command, "--out", cut)
-    kept = (cut / "predictions-0.jsonl").read_text()
-    assert kept.count("\n") == 5 and not (cut / "scores.jsonl").exists()
-    (cut / "predictions-0.jsonl").write_text(kept + '{"row": 1, "method": "snapkv", "pred')
-    evaluate_on(capfd, *command, "--out", cut)
-    assert len(calls) == 6 + 4                                        # 9 runs, 5 of which were done
-    assert contents(cut) == contents(tmp_path / "whole")
-    line = json.loads(contents(cut)[0].splitlines()[0])
-    picture_0 = open_image(tmp_path / "0.png")
-    expected = real(ours, [picture_0], f"What 0?{ASKED['vqav2'][1]}", "full", max_new_tokens=16)
-    assert (line["prediction"], line["kept_entries"]) == \
-        (expected["text"], sum(map(sum, expected["kept"])))
-    # a further budget asks only for what is new; other settings are not mixed in
-    evaluate_on(capfd, *command[:-1], "40,60", "--out", cut)
-    assert len(calls) == 10 + 3
-    assert [r["budget"] for r in json.loads(contents(cut)[1])["results"]] == [None, 40, 60]
-    assert [r["kept_entries"] for r in json.loads(contents(cut)[1])["results"]][1:] == \
-        [40 * 3 * 2, 60 * 3 * 2]
-    line = rejected(capfd, *command, "--out", cut, "--window", 20, main=evaluate.main)
-    assert "--out" in line and "another window" in line
+    monkeypatch.setattr(score_heads, "score_transcript", dies)
+    with pytest.raises(SystemExit):
+        score_heads.main(list(map(str, arguments)))
+    refused = lambda *more: rejected(capfd, *arguments, *more, main=score_heads.main)
+    assert "3 pages are saved" in refused() and "--resume" in refused()
+    part = Path(f"{out}.part0")
+    with open(part, "ab") as file:                                  # as another run has it, killed
+        score_heads.fcntl.flock(file, score_heads.fcntl.LOCK_EX)    # while it was writing
+        assert "another run" in refused("--resume")
+        file.write(b'{"3": {"sc')
+    before, weights = data.read_text(), load_file(folder / "model.safetensors")
+    data.write_text(before.replace("ab", "ba"))
+    assert "other settings, weights or data" in refused("--resume")
+    data.write_text(before)
+    save_file({name: w + 1 for name, w in weights.items()}, folder / "model.safetensors")
+    assert "other settings, weights or data" in refused("--resume")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "s[1].json.part7").write_text("mine")
+    assert "not a file of ours" in refused("--resume")
+    (tmp_path / "s[1].json.part7").unlink()
+    score_heads.main([*map(str, arguments), "--resume"])
+    assert len(calls) == 4 + 4 and not part.exists()
+    assert all(path.read_text() == "mine" for path in foreign)
 
 
-def evaluation(checkpoints, folder):
-    """Of three rows, written to the folder, too."""
-    write_data(folder, 3)
-    return ["--task", "vqav2", "--data", folder / "data.jsonl", "--methods", "full,snapkv",
-            "--model", checkpoints["qwen"][0], "--budgets", "40"]
+def test_bad_pages_are_left_out(checkpoints, capfd, tmp_path):
+    picture(5000, 1).save(tmp_path / "thin.png")
+    (tmp_path / "inner").mkdir()
+    picture(64, 48).save(tmp_path / "out.png")
+    picture(64, 48).save(tmp_path / "inner" / "a.png")
+    (tmp_path / "inner" / "link.png").symlink_to("../out.png")
+    shutil.move(tmp_path / "thin.png", tmp_path / "inner")
+    entries = [{"image_name": name, "2_coord": [{"chunk": "ab", "coord": [[0, 0], [corner, 47]]}]}
+               for name, corner in (("thin.png", 9), ("n" * 300, 9), ("a.png", 10**400), ("a\0", 9),
+                                    ("a.png", math.nan), ("../out.png", 9), ("link.png", 9),
+                                    (str(tmp_path / "out.png"), 9), (3, 9), ("a.png", 63))]
+    data = tmp_path / "inner" / "data.json"
+    arguments = ("--model", checkpoints["qwen"][0], "--data", data, "--transcript", "truth",
+                 "--out", tmp_path / "s.json")
+    data.write_text(json.dumps(entries))
+    score_heads.main(list(map(str, arguments)))
+    out = capfd.readouterr().out
+    assert "1 pages, 9 skipped" in out and "page 0: image of 5000 x 1" in out
+    assert out.count("leads out of the folder") == 3
+    data.write_text(json.dumps(entries[:1]))
+    with pytest.raises(SystemExit):
+        score_heads.main(list(map(str, arguments)))
+    assert "none of the 1 pages can be used; page 0: image of 5000" in capfd.readouterr().err
+    assert "named twice" in rejected(capfd, *arguments, "--out", data, main=score_heads.main)
 
 
-@beside(lambda checkpoints, folder: two_ranks(
-    "experiments/evaluate.py", *evaluation(checkpoints, folder), "--out", folder / "two"))
-def test_an_evaluation_in_two_processes_equals_one(checkpoints, capfd, done, tmp_path):
-    evaluate_on(capfd, *evaluation(checkpoints, done.folder), "--out", tmp_path / "one")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept entries") == 1
-    assert contents(done.folder / "two") == contents(tmp_path / "one")
-    assert [len((done.folder / "two" / f"predictions-{rank}.jsonl").read_text().splitlines())
-            for rank in range(2)] == [4, 2]
+def ends(checkpoints, folder):
+    """What the shell does to a command: closed pipes, a full disk, Ctrl-C, a terminal of ASCII."""
+    (folder / "typed.py").write_text(
+        "import sys, sparsemm\n"
+        "def work(*_): raise KeyboardInterrupt\n"
+        "if sys.argv[1] == 'stop': sparsemm.check_arguments = work\n"
+        "else: sparsemm.per_token = lambda result: '\\u20ac'\n"
+        "sparsemm.main(['--prompt', 'Hi', '--max-new-tokens', '1', '--method', 'snapkv'])\n")
+    typed = f"PYTHONPATH={HERE} {sys.executable} {folder / 'typed.py'}"
+    return ["-c", f"""if True:
+        import subprocess
+        for command in ({sys.executable + ' cache.py --help | true'!r},
+                        {sys.executable + ' cache.py | true'!r},
+                        {sys.executable + ' cache.py > /dev/full'!r}, {typed + ' stop'!r},
+                        {'PYTHONIOENCODING=ascii ' + typed + ' go'!r}):
+            done = subprocess.run(["bash", "-c", command + "; echo ${{PIPESTATUS[0]}}"],
+                                  capture_output=True, text=True)
+            print(done.stdout.splitlines()[-1], " ".join(done.stderr.split()))"""]
 
 
-def test_unreadable_rows_are_named_and_left_out(checkpoints, monkeypatch, capfd, tmp_path):
-    rows = write_data(tmp_path, 3)
-    (tmp_path / "bad.png").write_bytes(b"junk")
-    unreadable = [dict(rows[0], image="none.png"), dict(rows[0], image="bad.png"),
-                  dict(rows[0], question="<|image_pad|>"), dict(rows[0], answers=[]), [1],
-                  dict(image="0.png", answers=["x"]), dict(rows[0], question=7)]
-    lines = [json.dumps(row) for row in [*unreadable, *rows]]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(lines[:7] + ['{"cut'] + lines[7:]))
-    monkeypatch.setattr(evaluate, "load", lambda *arguments: checkpoints["qwen"][2])
-    command = ("--task", "vqav2", "--data", data, "--methods", "full", "--out", tmp_path / "out")
-    printed = evaluate_on(capfd, *command)
-    assert "3 rows, 8 skipped" in printed and "row 0 (question_id 100): " in printed
-    skipped = json.loads(contents(tmp_path / "out")[1])["skipped"]
-    for name, reason in {"row 0 (question_id 100)": "none.png: no such file",
-                         "row 1 (question_id 100)": "bad.png: not a picture",
-                         "row 2 (question_id 100)": "<|image_pad|>",
-                         "row 3 (question_id 100)": "answers", "row 4": "not a JSON object",
-                         "row 5": "'question'", "row 6 (question_id 100)": "'question'",
-                         "row 7": "not a JSON object"}.items():
-        assert reason in skipped[name]
-    data.write_text("\n".join(lines[1:3]))                           # found out while running
-    with pytest.raises(SystemExit) as end:
-        evaluate_on(capfd, *command[:-1], tmp_path / "other")
-    assert end.value.code == 2 and not (tmp_path / "other" / "scores.jsonl").exists()
-    data.write_text("\n".join(lines[:1] + lines[3:7]))                                 # and before
-    line = rejected(capfd, *command[:-1], tmp_path / "other", main=evaluate.main)
-    assert "--data" in line and "none.png" in line
-
-
-def test_mmbench_limit_counts_questions_and_a_broken_one_is_left_out(tiny, monkeypatch, capfd,
-                                                                     tmp_path):
-    data = miniatures.make_miniature("mmbench", tmp_path, 3)
-    rows = evaluate.read_rows(data)
-    assert [row["index"] for row in rows[:4]] == [0, 1, 2, 1_000_000]
-    examples, errors = evaluate.read_examples("mmbench", rows, data.parent, limit=2)
-    assert {e.row["index"] % 1_000_000 for e in examples} == {0, 1} and not errors
-    assert len(examples) == len([row for row in rows if row["index"] % 1_000_000 < 2]) > 4
-    rows[3]["image"] = "none.png"                                    # a rotation of question 0
-    data.write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(evaluate, "load", lambda *arguments: tiny[TINY[-1]])
-    monkeypatch.setattr(evaluate, "generate",
-                        lambda *a, **b: dict(text="A", kept=[[1]], prompt_tokens=1))
-    evaluate_on(capfd, "--task", "mmbench", "--data", data, "--methods", "full", "--out", tmp_path)
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert table["results"][0]["n"] == 2 and list(table["skipped"]) == ["row 3 (index 1000000)"]
-
-
-@pytest.mark.parametrize("arguments, expected", [
-    (["--task", "gqa"], ["--task", "gqa", "docvqa"]),
-    (["--methods", "full,best"], ["--methods", "best", "snapkv"]),
-    (["--budgets", "64,x"], ["--budgets", "'x'", "32"]),
-    (["--budgets", "64,"], ["--budgets", "''"]),
-    (["--budgets", "31"], ["--budgets", "31", "32"]),
-    (["--limit", 0], ["--limit", "0"]),
-    (["--images", "no/such"], ["--images", "no/such"]),
-    (["--data", "none.jsonl"], ["--data", "none.jsonl", "cannot be read"]),
-    (["--data", HERE / "sparsemm.py"], ["--data", "sparsemm.py", "not JSON"]),
-    (["--data", HERE / "tiny" / "qwen2-vl" / "config.json"], ["--data", "config.json", "list"]),
-    (["--data", HERE / "tiny" / "samples.json"], ["--data", "samples.json", "vqav2", "answers"]),
-    (["--model", "no/such/folder"], ["no/such/folder"]),
-    (["--out", HERE / "README.md"], ["--out", "README.md"]),
-    (["--make-miniature", HERE / "README.md"], ["--make-miniature", "README.md"]),
-])
-def test_bad_arguments_of_the_evaluation(capfd, tmp_path, arguments, expected):
-    write_data(tmp_path, 1)
-    line = rejected(capfd, "--task", "vqav2", "--data", tmp_path / "data.jsonl", "--out", tmp_path,
-                    "--methods", "full", *arguments, main=evaluate.main)
-    assert all(word in line for word in expected), line
-
-
-def test_evaluation_needs_scores_and_a_file(checkpoints, monkeypatch, capfd, tmp_path):
-    write_data(tmp_path, 1)
-    command = ("--task", "vqav2", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
-    line = rejected(capfd, *command, "--model", checkpoints["qwen"][0], main=evaluate.main)
-    assert "--scores" in line and "score_heads.py" in line
-    assert "--data" in rejected(capfd, "--task", "docvqa", main=evaluate.main)
-    assert "--task" in rejected(capfd, "--data", tmp_path / "data.jsonl", main=evaluate.main)
-
-
-# ---- the paper rerun -----------------------------------------------------------------------------
-
-PAGE = picture(64, 50)
-
-
-def real_selections(monkeypatch, ours, held, prompt):
-    """The positions of the prompt that each head of each layer keeps in a prefill run for `held`,
-    L lists of G lists."""
-    selections = []
-    monkeypatch.setattr(
-        cache, "select_entries",
-        lambda scores, k: selections.append(select_entries(scores, k)) or selections[-1])
-    with torch.inference_mode():
-        ours.hidden_states(prompt, held)
-    T, G, w = len(prompt.ids), ours.config.kv_heads, held.window
-    rows = [s.tolist() + list(range(max(0, T - w), T)) for s in selections]
-    return [rows[i:i + G] for i in range(0, len(rows), G)]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen"])
-def test_one_prefill_keeps_what_the_method_keeps(checkpoints, monkeypatch, name, method):
-    """Budgets below and above the prompt's length, windows small, large, and beyond it."""
-    from experiments.compress import Prefill, Setting
-    ours = checkpoints[name][2]
-    c, prompt = ours.config, model_llava.prepare(ours, [PAGE], "What is it?")
-    tables = {"aligned": torch.rand(c.layers, c.heads, dtype=torch.float64) ** 4}
-    with torch.inference_mode():
-        prefill = Prefill(ours, PAGE, "What is it?")
-    for budget, window, rho, pour in ((20, 6, 0.1, True), (50, 50, 0.1, True), (64, 8, 0.0, False),
-                                      (500, 32, 0.1, True)):
-        setting = Setting(method, budget, window, rho, pour)
-        plan = make_method(method, c.layers, c.kv_heads, len(prompt.ids), budget, window, rho, pour,
-                           tables["aligned"], seed=3)
-        kept = real_selections(monkeypatch, ours, KVCache(plan, window), prompt)
-        keep = prefill.keep(setting, tables, seed=3)
-        assert [[head.nonzero()[:, 0].tolist() for head in layer] for layer in keep] == kept
-        assert prefill.cache(setting, tables, seed=3).kept == keep.sum(-1).tolist()
-
-
-@pytest.mark.parametrize("name", ["vicuna", "mistral", "qwen", "qwen-tied"])
-def test_forced_answers_equal_decoding_token_by_token(checkpoints, name):
-    """All methods in one batch of masks, against the real cache."""
-    from experiments.compress import Prefill, Setting, forced_accuracy, forced_logits
-    ours = checkpoints[name][2]
-    c, tokens = ours.config, [40, 41, 60, 33, 70, 35]
-    prompt = model_llava.prepare(ours, [PAGE], "What is it?")
-    tables = {"aligned": torch.rand(c.layers, c.heads, dtype=torch.float64) ** 4}
-    settings = [Setting(method, budget, window=6) for budget in (20, 300) for method in METHODS]
-    with torch.inference_mode():
-        prefill = Prefill(ours, PAGE, "What is it?")
-    keep = torch.stack([prefill.keep(s, tables) for s in settings])
-    logits, expected = forced_logits(prefill, keep, tokens), []
-    for s in settings:
-        plan = make_method(s.method, c.layers, c.kv_heads, len(prompt.ids), s.budget, 6,
-                           scores=tables["aligned"])
-        expected.append(decode_logits(ours, prompt, tokens, KVCache(plan, 6, len(tokens))))
-    assert (logits - torch.stack(expected)).abs().max() < 1e-4
-    changed = (logits[:len(METHODS)] - logits[0]).abs().amax((1, 2))       # logits[0]: full
-    assert (changed[1:] > 0.1).all() and changed[0] == 0
-    # the answer that a setting itself would give, but for the first token, is right to the end
-    some = [0, 1, 4, 6, 10]
-    for s in (0, 4):
-        answer = [40, *logits[s, :1].argmax(-1).tolist(), 41]
-        right = [(decode_logits(ours, prompt, answer[:-1],
-                                KVCache(prefill.method(x, tables), 6, reserve=3)).argmax(-1)
-                  == torch.tensor(answer[1:])).double().mean().item()
-                 for x in (settings[i] for i in some)]
-        got = forced_accuracy(prefill, keep, answer, rows=5)
-        assert got[some].tolist() == pytest.approx(right)
-        assert got[s] > 0 and len(set(got.tolist())) > 1
-
-
-@pytest.mark.parametrize("name", ["vicuna", "qwen"])
-def test_writing_from_one_prefill_equals_generate(checkpoints, name):
-    from experiments.compress import Prefill, Setting, written
-    ours = checkpoints[name][2]
-    scores = torch.rand(ours.config.layers, ours.config.heads, dtype=torch.float64)
-    with torch.inference_mode():
-        prefill = Prefill(ours, PAGE, "What is it?")
-    texts = []
-    for method in METHODS:
-        expected = sparsemm.generate(ours, [PAGE], "What is it?", method, 20, window=6,
-                                     scores=scores, max_new_tokens=9, seed=2)["text"]
-        held = prefill.cache(Setting(method, 20, window=6), {"aligned": scores}, 2, reserve=8)
-        texts.append(written(prefill, held, 9))
-        assert texts[-1] == expected, method
-    assert len(set(texts)) > 2
-
-
-def test_other_rankings():
-    from experiments import compress
-    torch.manual_seed(0)
-    q, k, s = torch.randn(6, 60, 8), torch.randn(3, 60, 8), torch.rand(6)
-    A, usual = compress.attention_rows(q, k, 10), observation_scores(q, k, 10)
-    mean = compress.pool(A.mean(1).unflatten(0, (3, 2)).mean(1))
-    assert torch.allclose(mean, usual, atol=1e-6)
-    # all the weight on one head of a group: its own attention; no scores at all: the mean
-    alone = compress.rank_by_scored_heads(A, k, torch.tensor([0, 1, 1, 1, 0, 0]).float())
-    assert torch.allclose(alone[0], compress.pool(A.mean(1))[1], atol=1e-6)
-    assert torch.allclose(alone[1:], usual[1:], atol=1e-6)
-    # one query head a group: nothing to weigh
-    A, usual = compress.attention_rows(q[:3], k, 10), observation_scores(q[:3], k, 10)
-    for rank in ("heads by score", "best head"):
-        assert torch.allclose(compress.RANKS[rank](A, k, s[:3]), usual, atol=1e-6)
-    assert torch.allclose(compress.rank_by_last_query(A, k, s, share=0.0), usual, atol=1e-6)
-    last = compress.rank_by_last_query(A, k, s, share=1.0)
-    assert torch.allclose(last, observation_scores(q[:3], k, 1)[:, :50], rtol=0.3, atol=0.01)
-    # of keys of which one stands apart, with attention alike, that one is the most diverse
-    same = torch.ones(1, 60, 8) + 0.01 * torch.randn(1, 60, 8)
-    same[0, 17] = -1
-    diverse = compress.rank_by_diversity(torch.full((1, 10, 50), 1 / 60), same, s)
-    assert diverse[0].argmax() == 17
-    # sqrt of a KV head's score, 4 and 9 of two query heads each
-    table = compress.power_of_scores(torch.tensor([[1.0, 3.0, 9.0, 0.0]]), 2, 0.5)
-    assert cache.kv_head_scores(table, 2).tolist() == [[2.0, 3.0]]
-
-
-def test_a_ranking_by_scores_follows_its_own_table(checkpoints):
-    """Rankings are shared between settings, but not between tables of scores."""
-    from experiments.compress import Prefill, Setting
-    ours, text = checkpoints["qwen"][2], "What is it?"
-    shape = ours.config.layers, ours.config.heads
-    tables = {name: torch.rand(shape, generator=torch.Generator().manual_seed(seed)) ** 4
-              for seed, name in enumerate("ab")}
-    with torch.inference_mode():
-        prefill, fresh = Prefill(ours, PAGE, text), Prefill(ours, PAGE, text)
-    a, b = (Setting(budget=20, window=6, rho=1.0, scores=name, rank="heads by score")
-            for name in "ab")
-    kept = prefill.keep(a, tables)
-    assert torch.equal(prefill.keep(b, tables), fresh.keep(b, tables))
-    assert not torch.equal(prefill.keep(b, tables), kept)
-
-
-@pytest.mark.parametrize("name", ["vicuna", "qwen"])
-def test_masked_heads_contribute_nothing(checkpoints, name):
-    """Masking equals o_proj without the head's columns; afterwards nothing is left of it."""
-    from experiments.compress import masked_accuracy, masked_heads
-    folder, _, ours = checkpoints[name]
-    prompt, D = model_llava.prepare(ours, [PAGE], "Hi"), ours.config.head_dim
-    other = model_llava.load(folder, "cpu", "float32")
-    for l, h in ((0, 1), (1, 0), (1, 3)):
-        other.decoder.layers[l].self_attn.o_proj.weight.data[:, h * D:(h + 1) * D] = 0
-    with torch.inference_mode():
-        before, expected = ours.hidden_states(prompt), other.hidden_states(prompt)
-        with masked_heads(ours, [(0, 1), (1, 0), (1, 3)]):
-            masked = ours.hidden_states(prompt)
-        assert torch.equal(ours.hidden_states(prompt), before)
-        right = ours.logits(before[-1]).argmax().item()
-        shares = masked_accuracy(ours, PAGE, "Hi", [right], [[], [(0, 1), (1, 0), (1, 3)]])
-        still_right = float(ours.logits(masked[-1]).argmax() == right)
-    assert (masked - expected).abs().max() < 1e-4 < (masked - before).abs().max()
-    assert shares == [1.0, still_right]
-
-
-@pytest.mark.parametrize("name", ["vicuna", "qwen"])
-def test_a_head_without_its_query_averages_all_values(checkpoints, name):
-    """As in the authors' code: the same as q_proj without the head's rows, and unlike the mask of
-    its output."""
-    from experiments.compress import masked_heads
-    folder, _, ours = checkpoints[name]
-    prompt, D = model_llava.prepare(ours, [PAGE], "Hi"), ours.config.head_dim
-    other = model_llava.load(folder, "cpu", "float32")
-    for l, h in ((0, 1), (1, 3)):
-        q_proj = other.decoder.layers[l].self_attn.q_proj
-        for parameter in q_proj.parameters():                                # the weight, the bias
-            parameter.data[h * D:(h + 1) * D] = 0
-    with torch.inference_mode():
-        with masked_heads(ours, [(0, 1), (1, 3)], query=True):
-            masked = ours.hidden_states(prompt)
-        with masked_heads(ours, [(0, 1), (1, 3)]):
-            silent = ours.hidden_states(prompt)
-        expected = other.hidden_states(prompt)
-    assert (masked - expected).abs().max() < 1e-4 < (masked - silent).abs().max()
-
-
-def test_random_masks_leave_the_visual_heads_out():
-    from experiments.compress import head_sets
-    s = torch.rand(8, 8)
-    sets = head_sets(s, seeds=10)
-    assert sorted({count for count, _ in sets}) == [1, 2, 3, 6] and len(sets) == 4 * 11
-    best = [divmod(i, 8) for i in s.flatten().argsort(descending=True).tolist()]
-    for (count, which), chosen in sets.items():
-        assert len(set(chosen)) == count
-        assert chosen == best[:count] if which == "visual" else not set(chosen) & set(best[:6])
-    assert len({tuple(sets[6, seed]) for seed in range(10)}) == 10 and sets == head_sets(s, 10)
-
-
-def test_figures_by_hand():
-    from experiments import report, reproduce
-    assert report.interval([0.5] * 7) == [0.5, 0.5, 0.5]
-    mean, low, high = report.interval([0.0, 1.0] * 50)              # a standard error of 0.05
-    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.02) \
-        and high == pytest.approx(0.598, abs=0.02)
-    assert reproduce.characters("12.5", "12.50") == pytest.approx(0.8)
-    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert reproduce.rank_correlation(a, a.exp()) == pytest.approx(1)
-    assert reproduce.rank_correlation(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
-    assert reproduce.rank_correlation(a, torch.tensor([0.0, 0.0, 1.0, 1.0])) == pytest.approx(
-        0.8944, abs=1e-4)
-    ten = torch.arange(10)
-    assert reproduce.overlap(ten, ten.flip(0), 0.6) == pytest.approx(2 / 6)
-    # "to" twice on the page, "5" within "55" too; of "be" both characters count
-    assert reproduce.unique_words(list("to be 5"), ["to", "be", "to", "55", "5"]) == \
-        [None, None, None, 1, 1, None, None]
-    assert reproduce.unique_words(["to", " be", "e x"], ["to", "bee", "x"]) == [0, 1, 1]
-    settings = [reproduce.Setting(budget=b) for b in (1, 2)]
-    measured = {s: dict(accuracy=np.array(x)) for s, x in zip(settings, ([0.9, 0.4], [0.7, 0.2]))}
-    assert reproduce.figure(measured, tuple(settings)) == pytest.approx([0.2] * 3)      # paired
-    assert report.show([0.912, 0.88, 0.94]) == "91.2 [88.0, 94.0]" and report.show(-1e-9) == "0.0"
-
-
-REPRODUCE = ["--pages", "1", "--scoring-pages", "8", "--sizes", "128x64"]
-
-
-def reproduced(folder, out, *arguments):
-    """What a part writes, without the time it took."""
-    from experiments import reproduce
-    reproduce.main([arguments[0], "--model", str(folder), "--out", str(out), *REPRODUCE,
-                    *arguments[1:]])
-    return {path.name: json.loads(path.read_text()) | {"seconds": 0}
-            for path in sorted(out.glob("*.json"))}
-
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says so there")
-def test_results_name_the_processor():
-    name, cores = progress.machine_name().rsplit(", ", 1)
-    assert cores == f"{os.cpu_count()} cores"
-    assert name and (name in Path("/proc/cpuinfo").read_text() or name == platform.machine())
-
-
-def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, capsys):
-    from experiments import reproduce
-    for name, part in (("qwen", "all"), ("vicuna", "masking")):
-        shutil.copytree(checkpoints[name][0], tmp_path / name)
-        stored = reproduced(tmp_path / name, tmp_path / "out", part)
-    assert set(stored) == {f"{part}-qwen.json" for part in reproduce.PARTS} | {
-        "masking-vicuna.json"}
-    for results in stored.values():
-        assert results["tables"] and results["versions"]["torch"] == torch.__version__
-        assert "--seed 0" in results["command"] and results["machine"] == progress.machine_name()
-        for _, *cells in (row for t in results["tables"] for row in t["rows"]):
-            assert all(cell is None or isinstance(cell, (str, int)) or cell[1] <= cell[2]
-                       for cell in cells)
-    kept = next(t for t in stored["main-qwen.json"]["tables"] if "really kept" in t["title"])
-    assert [row[1][0] for row in kept["rows"]][1:] == [48.0] * (len(METHODS) - 1)
-    assert Image.open(tmp_path / "out" / "main-qwen.png").width > 800
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nprevious\n<!-- /results -->\nafter\n")
-    for _ in range(2):                                                   # again changes nothing
-        reproduce.main(["readme", "--readme", str(readme), "--out", str(tmp_path / "out")])
-        text = readme.read_text()
-        assert text.startswith("before\n<!-- results -->\n|") and "previous" not in text
-        assert text.endswith("<!-- /results -->\nafter\n")
-    assert "vicuna (MHA) | qwen (GQA)" in text and "(out/main-qwen.png)" in text
-    assert all(f"* [{part}, qwen](out/{part}-qwen.md): `python" in text
-               for part in reproduce.PARTS)
-    assert "512 x 512 pixels" in stored["large-qwen.json"]["tables"][0]["title"]
-    for part in ("heads", "main", "large", "beyond", "fastv"):
-        table = next(t for t in stored[f"{part}-qwen.json"]["tables"] if t["readme"])
-        label, *cells = table["rows"][0]
-        assert f"#### {part}, qwen (GQA)" in text and table["title"] in text
-        assert "| " + " | ".join([label, *(show(x, table["unit"]) for x in cells)]) + " |" in text
-
-
-def test_stored_commands_name_the_model_as_it_is_typed():
-    assert as_typed(DEFAULT_MODEL) == "tiny/qwen2-vl"
-    assert as_typed("someone/some-model") == "someone/some-model"
-
-
-def test_a_stopped_reproduction_goes_on(checkpoints, monkeypatch, tmp_path, capsys):
-    from experiments import reproduce
-    folder = checkpoints["mistral"][0]
-    whole = reproduced(folder, tmp_path / "whole", "masking")
-    real, calls = reproduce.masked_accuracy, []
-
-    def dies(*arguments, **named):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(reproduce, "masked_accuracy", dies)
-    with pytest.raises(KeyboardInterrupt):
-        reproduced(folder, tmp_path / "cut", "masking")
-    assert not list((tmp_path / "cut").glob("*.json"))
-    assert reproduced(folder, tmp_path / "cut", "masking") == whole
-    assert len(calls) == 5                # a page of each task and kind of mask, and the failure
-    capsys.readouterr()
-    for arguments, expected in (
-            (["masking", "--seed", "1"], "other settings"), (["masks"], "masks"),
-            (["readme", "--readme", "none"], "none"), (["masking", "--pages", "0"], "--pages"),
-            (["main", "--sizes", "9x9"], "at least 32")):
-        with pytest.raises(SystemExit) as end:
-            reproduced(folder, tmp_path / "cut", *arguments)
-        err = capsys.readouterr().err.split("\r")[-1]
-        assert end.value.code == 2 and err.strip().count("\n") == 0 and expected in err, err
+@beside(ends)
+def test_shells_see_one_line_and_no_traceback(done):
+    help_, pipe, full, stop, escaped = done.stdout.splitlines()
+    assert help_.strip() in ("0", "141") and pipe.strip() in ("0", "141"), done
+    assert full == "2 cache.py: error: [Errno 28] No space left on device"
+    assert stop == "130 sparsemm.py: stopped"
+    assert escaped.startswith("0 ") and "\\u20ac ms per token" in escaped

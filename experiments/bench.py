@@ -1,6 +1,7 @@
 """How fast? Measured on this machine, next to what others do and to what the machine allows.
 
     python experiments/bench.py decode [--geometry vicuna-7b ...] [--lengths 8192 ...]
+    python experiments/bench.py attention [--num 10]
     python experiments/bench.py scoring [--model DIR ... | --geometry vicuna-7b ...] [--num 10]
     python experiments/bench.py command [--num 5]                         `python sparsemm.py`, cold
 
@@ -12,11 +13,17 @@ and values, compressed, and extended by one token a step. Beside it:
     transformers    its own model of the same geometry, DynamicCache, scaled_dot_product_attention
     floor           the bytes that a step must read, weights and cache, over this machine's measured
                     bandwidth
-    ideal           the ratio of full's bytes to the method's: no speed-up can be larger
+    byte ratio      full's bytes over the method's; a measured speed-up can exceed it where full's
+                    step is further from its floor
 
 Head scores are as concentrated as the published ones of LLaVA: the top 5 % of heads hold 55 %.
 Methods are measured in turn, round by round, in one process; times are medians over all rounds.
 `--prefill` measures prefill, too, what compression adds to it, and the peak of memory.
+
+`attention` measures decode_attention alone, the views of the cache included, on one thread: layers
+in which few heads hold most of the entries, 32 of them in turn, so that they come from memory.
+Beside it a plain product that reads as many bytes once: one query with all keys, one row of weights
+with all values.
 
 `scoring` compares score_heads.py with the procedure of the authors' code, in transformers: eager
 attention that returns its maps, one forward pass for every token of the transcript. Both count the
@@ -24,7 +31,7 @@ same hits, which is checked in float32; in bfloat16, where many keys of a row ti
 how much of all scores they differ. The transcript is the page's text (truth) or the model's own
 (model).
 
-Results go to --out as JSON, and as Markdown beside it.
+Results go to --out as JSON, and as Markdown beside it; the tables in results/ are made so.
 """
 
 import argparse
@@ -45,17 +52,18 @@ from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForC
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cache import KVCache, make_method
-from experiments.arguments import (DEFAULT_MODEL, OneLineParser, device_name, find_device,
-                                   output_file, whole_number)
-from experiments.draw import top_share
+from cache import (KVCache, Method, OneLineParser, allocate_budgets, decode_attention, make_method,
+                   recency)
+from experiments.arguments import device_name, whole_number
 from experiments.pages import KINDS
-from experiments.progress import machine_name, write_json
+from experiments.progress import machine_name
 from experiments.sources import Rendered
-from model_llava import (DTYPES, MODELS, Processor, Prompt, convert_config, hub_name, load, prepare,
-                         read_config)
-from score_heads import LIMIT, OCR_PROMPT, align_tokens, score_transcript, tokens_in_box
-from sparsemm import DecodingStep, clock
+from model_llava import (DTYPES, MODELS, Processor, Prompt, convert_config, copy_weights, load,
+                         prepare, read_config)
+from score_heads import (LIMIT, OCR_PROMPT, align_tokens, score_transcript, tokens_in_box,
+                         top_share, transcribe)
+from sparsemm import (DEFAULT_MODEL, check_output, clock, decoding_step, greedy_token, prefill,
+                      write_file, write_json)
 
 WINDOW = 32
 
@@ -109,17 +117,27 @@ def concentrated_scores(L, H, seed, part=0.05, held=0.55):
     return (ranks ** -power)[order].view(L, H)
 
 
-def filled_cache(c, method, budget, scores, length, args, reserve):
+def filled_cache(c, method, budget, scores, length, args):
     """A KVCache as prefill leaves it, after a prompt of random keys and values."""
-    dtype, device = DTYPES[args.dtype], args.device
-    plan = make_method(method, c.layers, c.kv_heads, length, budget, scores=scores)
-    held = KVCache(plan, reserve=reserve)
+    cache = KVCache(make_method(method, c.layers, c.kv_heads, length, budget, head_scores=scores))
     for l in range(c.layers):
-        generator = torch.Generator(device).manual_seed(l)
-        q, k, v = (torch.randn(heads, length, c.head_dim, generator=generator, dtype=dtype,
-                               device=device) for heads in (c.heads, c.kv_heads, c.kv_heads))
-        held.compress(l, q, k, v)
-    return held
+        generator = torch.Generator(args.device).manual_seed(l)
+        cache.compress(l, *(torch.randn(heads, length, c.head_dim, generator=generator,
+                                        dtype=DTYPES[args.dtype], device=args.device)
+                            for heads in (c.heads, c.kv_heads, c.kv_heads)))
+    return cache
+
+
+class OurStep:
+    """One greedy decoding step of ours, after a prompt of `length` tokens."""
+
+    def __init__(self, model, cache, length):
+        self.model, self.step = model, decoding_step(model, cache)
+        self.token, self.position = 1, length
+
+    def next_token(self):
+        self.token = greedy_token(self.model, self.step(self.token, self.position), self.position)
+        self.position += 1
 
 
 class TransformersStep:
@@ -136,15 +154,14 @@ class TransformersStep:
     def next_token(self):
         out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
         self.token = out.logits[:, -1:].argmax(-1)
-        return self.token.item()
+        self.token.item()
 
 
 def bandwidth(model, size=2 ** 30):
     """Bytes a second at which the model's device reads memory: the best of ten sums over a large
     tensor and of ten products of a large matrix with a vector."""
-    device = model.decoder.embed_tokens.weight.device
-    x = torch.ones(size // 4, device=device)
-    matrix, vector, best = x.view(-1, 4096), torch.ones(4096, device=device), math.inf
+    x = torch.ones(size // 4, device=model.device)
+    matrix, vector, best = x.view(-1, 4096), torch.ones(4096, device=model.device), math.inf
     for work in (x.sum, lambda: matrix @ vector):
         for _ in range(11):
             start = clock(model)
@@ -177,9 +194,9 @@ def bench_decode(name, length, args):
     rows, steps = [], []
     with torch.inference_mode():
         for method, budget in settings:
-            held = filled_cache(c, method, budget, scores, length, args, rounds + warm_up)
-            steps.append(DecodingStep(model, held, 1, length))
-            rows.append(dict(method=method, budget=budget, cache_bytes=held.num_bytes()))
+            cache = filled_cache(c, method, budget, scores, length, args)
+            steps.append(OurStep(model, cache, length))
+            rows.append(dict(method=method, budget=budget, cache_bytes=cache.held_bytes()))
         text = reference_class.config_class
         text = text(**config.text_config.to_dict() | dict(model_type=text.model_type),
                     attn_implementation="sdpa")
@@ -200,7 +217,8 @@ def bench_decode(name, length, args):
         read = weight_bytes + row["cache_bytes"]
         row |= dict(ms_per_token=ms, tokens_per_second=1000 / ms,
                     gigabytes_per_second=read / ms / 1e6, floor_ms=1000 * read / speed,
-                    speedup=medians[0] / ms, ideal=(weight_bytes + rows[0]["cache_bytes"]) / read)
+                    speedup=medians[0] / ms,
+                    byte_ratio=(weight_bytes + rows[0]["cache_bytes"]) / read)
     result = dict(geometry=name, length=length, weight_bytes=weight_bytes, bandwidth=speed,
                   rows=rows)
     del steps, reference
@@ -219,10 +237,11 @@ def bench_prefill(model, length, scores, args):
         for _ in range(3):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            plan = make_method(method, c.layers, c.kv_heads, length, 256, scores=scores)
+            cache = KVCache(make_method(method, c.layers, c.kv_heads, length, 256,
+                                        head_scores=scores))
             start = clock(model)
             with torch.inference_mode():
-                model.logits(model.hidden_states(prompt, KVCache(plan, reserve=1))[-1])
+                prefill(model, prompt, cache)
             seconds.append(clock(model) - start)
         results[method] = dict(seconds=statistics.median(seconds), peak_bytes=(
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None))
@@ -232,18 +251,67 @@ def bench_prefill(model, length, scores, args):
 def decode_table(results):
     """Markdown: a row for each method and budget."""
     lines = ["| geometry | prompt | method | budget | ms/token | tokens/s | GB/s | floor, ms "
-             "| speed-up | ideal |", "|---" * 10 + "|"]
+             "| speed-up | byte ratio |", "|---" * 10 + "|"]
     for result in results:
         for row in result["rows"]:
             lines.append(f"| {result['geometry']} | {result['length']} | {row['method']} "
                          f"| {row['budget']} | {row['ms_per_token']:.2f} "
                          f"| {row['tokens_per_second']:.1f} | {row['gigabytes_per_second']:.1f} "
-                         f"| {row['floor_ms']:.2f} | {row['speedup']:.2f} | {row['ideal']:.2f} |")
+                         f"| {row['floor_ms']:.2f} | {row['speedup']:.2f} "
+                         f"| {row['byte_ratio']:.2f} |")
+    lines.append("\nbyte ratio: full's bytes over the method's; a measured speed-up can exceed it "
+                 "where full's step is further from its floor.")
     for result in results:
         for method, what in result.get("prefill", {}).items():
             peak = f", peak {what['peak_bytes'] / 2 ** 30:.2f} GiB" if what["peak_bytes"] else ""
             lines.append(f"\n{result['geometry']}, {result['length']} tokens, {method}: prefill "
                          f"{what['seconds']:.2f} s{peak}")
+    return "\n".join(lines)
+
+
+# ---- attention alone -----------------------------------------------------------------------------
+
+SHAPES = ((32, 32, 128, 256), (32, 8, 128, 256), (28, 4, 128, 256), (8, 4, 32, 96))
+LAYERS = 32
+
+
+def unequal_cache(G, D, mean, seed):
+    """A KVCache of random entries, `mean` a head on average in every layer, most of them in few."""
+    T = G * mean                                            # so that no head is cut
+    table = torch.cat([allocate_budgets(concentrated_scores(1, G, seed + l), mean, T)
+                       for l in range(LAYERS)])
+    cache = KVCache(Method(lambda layer, a: table[layer], recency))
+    k, v = torch.randn(2, G, T, D)
+    for l in range(LAYERS):
+        cache.compress(l, k, k, v)
+    return cache
+
+
+def bench_attention(H, G, D, mean, rounds, seed):
+    """Milliseconds of decode_attention of a layer, and of a plain product of as many bytes."""
+    cache, q, rows = unequal_cache(G, D, mean, seed), torch.randn(H, 1, D), G * mean
+    plain = [(torch.randn(rows, D), torch.randn(rows, D)) for _ in range(LAYERS)]
+    query, weights = torch.randn(1, D), torch.randn(1, rows)
+    work = (lambda l: decode_attention(q, cache[l]),
+            lambda l: (query @ plain[l][0].T, weights @ plain[l][1]))
+    taken = [[], []]
+    for _ in range(rounds + 1):                             # the first warms up
+        for one, milliseconds in zip(work, taken):
+            for l in range(LAYERS):
+                start = time.perf_counter()
+                one(l)
+                milliseconds.append(1000 * (time.perf_counter() - start))
+    ms, plain_ms = (statistics.median(milliseconds[LAYERS:]) for milliseconds in taken)
+    largest = max(max(held) for held in cache.held())
+    return dict(heads=H, kv_heads=G, head_dim=D, mean=mean, largest=largest, ms=ms,
+                plain_ms=plain_ms, ratio=ms / plain_ms)
+
+
+def attention_table(results):
+    lines = ["| heads | KV heads | D | mean entries | largest head | decode_attention, ms "
+             "| plain product, ms | ratio |", "|---" * 8 + "|"]
+    lines += [f"| {r['heads']} | {r['kv_heads']} | {r['head_dim']} | {r['mean']} | {r['largest']} "
+              f"| {r['ms']:.3f} | {r['plain_ms']:.3f} | {r['ratio']:.2f} |" for r in results]
     return "\n".join(lines)
 
 
@@ -262,16 +330,16 @@ class Force(LogitsProcessor):
 
 
 @torch.no_grad()
-def score_step_by_step(reference, ours, image, words, ids=None, limit=LIMIT):
+def score_step_by_step(reference, ours, image, words, ids=None):
     """Visual scores (L, H) of one page from attention maps: transformers' generate returns those of
-    the prompt (T x T) and of every token after it. ids: the transcript, None for the model's own,
-    of at most `limit` tokens. Returns scores and the transcript's tokens."""
+    the prompt (T x T) and of every token after it. ids: the transcript, None for the model's own.
+    Returns scores and the transcript's tokens."""
     prompt = prepare(ours, [image], OCR_PROMPT)
     T, ends = len(prompt.ids), ours.processor.end_tokens
     inputs = ours.processor.image_processor(image, return_tensors="pt").to(reference.device)
     if ours.config.family == "qwen2_vl":
         inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
-    steps = limit if ids is None else len(ids)
+    steps = LIMIT if ids is None else len(ids)
     out = reference.generate(
         input_ids=prompt.ids[None], **inputs, do_sample=False, max_new_tokens=steps,
         eos_token_id=sorted(ends), pad_token_id=0, output_attentions=True,
@@ -300,8 +368,8 @@ def trained_pair(folder, device, dtype):
 
 
 def random_pair(geometry, device, dtype):
-    """A LLaVA-NeXT of a published geometry with random weights, which ours and transformers' model
-    share. Pages become as many image tokens as with the published checkpoints; the tokenizer is
+    """A LLaVA-NeXT of a published geometry, as our model and as transformers', with the same random
+    weights. Pages become as many image tokens as with the published checkpoints; the tokenizer is
     that of the small model, a token per character."""
     small = DEFAULT_MODEL.parent / "llava-next"
     config = GEOMETRIES[geometry][0]()
@@ -312,8 +380,8 @@ def random_pair(geometry, device, dtype):
     c = convert_config(config, config.model_type)
     with torch.device("meta"):
         ours = MODELS[c.family](c)
-    ours.load_state_dict({hub_name(key, c.family): weight
-                          for key, weight in reference.state_dict().items()}, assign=True)
+    ours = ours.to(DTYPES[dtype]).to_empty(device=device).requires_grad_(False)
+    copy_weights(ours, reference.state_dict().items(), geometry)
     ours.processor = Processor(small, c)
     side = config.vision_config.image_size
     ours.processor.image_processor = LlavaNextImageProcessorPil(
@@ -326,8 +394,8 @@ def bench_scoring(name, num, seed, device, dtypes):
     """Pages a second of both procedures with both transcripts, on the pages that score_heads.py
     renders by itself, and on letters, which are full of text: a result for each dtype. A page is
     scored in every dtype before the next one, so that a machine whose speed changes over minutes
-    favours none. name: a checkpoint's folder, or one of GEOMETRIES. A random model never ends its
-    transcript, so that it gets as many tokens as the page has; and no draft of it is ever right."""
+    favours none. name: a checkpoint's folder, or one of GEOMETRIES; a random model never ends its
+    transcript, so that it is only given the page's."""
     random = name in GEOMETRIES
     pairs = {dtype: (random_pair if random else trained_pair)(name, device, dtype)
              for dtype in dtypes}
@@ -335,7 +403,7 @@ def bench_scoring(name, num, seed, device, dtypes):
     for what, kinds in (("all kinds", KINDS), ("letters", ("letter",)))[:1 if random else 2]:
         pages = Rendered(kinds, seed, (256, 384), num + 1)
         for whose in ("truth",) if random else ("truth", "model"):
-            taken = [[compare_scoring(*pair, pages[i], whose, random) for pair in pairs.values()]
+            taken = [[compare_scoring(*pair, pages[i], whose) for pair in pairs.values()]
                      for i in tqdm(range(num + 1), desc=f"{Path(name).name}, {what}, {whose}")]
             for dtype, of_dtype in zip(dtypes, zip(*taken[1:])):
                 tokens, fast, slow, differ = (sum(column) for column in zip(*of_dtype))
@@ -347,21 +415,20 @@ def bench_scoring(name, num, seed, device, dtypes):
     return [dict(model=Path(name).name, dtype=dtype, num=num, rows=rows[dtype]) for dtype in dtypes]
 
 
-def compare_scoring(ours, reference, page, whose, endless=False, repeats=3):
+def compare_scoring(ours, reference, page, whose, repeats=3):
     """How many tokens the transcript of a page has; the seconds that both procedures take, of ours,
     which is over soon, the median of some runs; and how much of all scores differs."""
     image, words, text = page
-    ids = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
-    limit = len(ids) if endless else LIMIT
+    given = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
     taken = []
     for _ in range(repeats):
         start = time.perf_counter()
-        scores, *_ = score_transcript(ours, [image], [words], ids, own=whose == "model",
-                                      limit=limit)
+        ids = transcribe(ours, [image]) if whose == "model" else given
+        scores, *_ = score_transcript(ours, [image], [words], ids)
         taken.append(time.perf_counter() - start)
     start = time.perf_counter()
     expected, written = score_step_by_step(reference, ours, image, words,
-                                           ids if whose == "truth" else None, limit)
+                                           given if whose == "truth" else None)
     step_by_step = time.perf_counter() - start
     differ = (scores - expected).abs().sum().item() / max(expected.sum().item(), 1e-9)
     return len(written), statistics.median(taken), step_by_step, differ
@@ -421,12 +488,18 @@ def command_table(result):
             f"| {result['command']} | {result['seconds']:.1f} | {result['imports_alone']:.1f} |")
 
 
-def measure(args, on_cpu, dtypes):
+def measure(args, dtypes):
     """The results of a part, and their table."""
+    on_cpu = args.device.type == "cpu"
     if args.part == "decode":
         names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:3])
         results = [bench_decode(name, length, args) for name in names for length in args.lengths]
         return results, decode_table(results)
+    if args.part == "attention":
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            results = [bench_attention(*shape, args.num, args.seed) for shape in SHAPES]
+        return results, attention_table(results)
     if args.part == "scoring":
         models = args.geometry or args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
         results = [result for name in models for result in bench_scoring(
@@ -436,10 +509,10 @@ def measure(args, on_cpu, dtypes):
     return results, command_table(results)
 
 
-def main(argv=None):
+def parse_arguments(argv):
     parser = OneLineParser(prog="bench.py", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["decode", "scoring", "command"])
+    parser.add_argument("part", choices=["decode", "attention", "scoring", "command"])
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
                         help="decode: default the 7B ones on CUDA, small-mha on a CPU; scoring: "
                              "those of LLaVA-NeXT, with random weights, instead of --model")
@@ -456,29 +529,34 @@ def main(argv=None):
     parser.add_argument("--num", type=whole_number(1), default=10,
                         help="pages, runs, or rounds of decoding")
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--out", type=output_file, metavar="FILE",
-                        help="default: results/bench-PART.json beside this file")
+    parser.add_argument("--out", metavar="FILE",
+                        help="default: work/bench-PART.json beside this file")
     args = parser.parse_args(argv)
-    args.device = find_device(args.device)
-    on_cpu = torch.device(args.device).type == "cpu"
-    dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
-    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    torch.manual_seed(args.seed)
     if args.part == "scoring" and "qwen2-vl-7b" in (args.geometry or ()):
         parser.error("argument --geometry: scoring has no qwen2-vl-7b; "
                      "vicuna-7b, mistral-7b or small-mha is right")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_arguments(argv)
+    dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
+    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
+    torch.manual_seed(args.seed)
     try:
-        results, table = measure(args, on_cpu, dtypes)
+        if args.out:
+            check_output(args.out, "--out")
+        results, table = measure(args, dtypes)
     except ValueError as error:
         parser.error(error)
     print(table)
-    out = args.out or Path(__file__).parent / "results" / f"bench-{args.part}.json"
+    out = Path(args.out or Path(__file__).parent / "work" / f"bench-{args.part}.json")
     out.parent.mkdir(exist_ok=True)
     write_json(dict(command="python experiments/bench.py " + " ".join(argv or sys.argv[1:]),
                     machine=machine_name(args.device), torch=torch.__version__,
                     dtype=dtypes if args.part == "scoring" else args.dtype,
                     transformers=transformers.__version__, seed=args.seed, results=results), out)
-    out.with_suffix(".md").write_text(table + "\n")
+    write_file(out.with_suffix(".md"), table + "\n")
 
 
 if __name__ == "__main__":

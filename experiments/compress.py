@@ -5,26 +5,28 @@
                                        sparsemm  snapkv   ...        x  budgets: which positions
                                           |        |        |           each head keeps, as masks
                                           `--------+--------'
-                                       the answer's tokens, a row of the batch for each of the masks
+                                       the answer's tokens, once for each of the masks
 
 That gives the same logits as prefill, compression and decoding anew for each setting, token by
-token (tests hold the two equal), at a fraction of the time. Also here: other ways to rank
-positions, which reproduce.py tries, and heads that are switched off.
+token (tests hold the two equal), at a fraction of the time. Also here: tables of head scores that
+tell apart what layers and what heads contribute, other ways to score positions, and heads that are
+switched off.
 
 Letters: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head size, w window, n
 tokens of the answer, S settings.
 """
 
-import contextlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from cache import KVCache, kv_head_scores, make_method, observation_scores
-from model_llava import prepare, rotary_angles, rotate
+from cache import KVCache, kv_head_scores, make_method, observed_attention, select_entries
+from model_llava import Prompt, no_cache, prefill_attention, prepare
+from score_heads import attention_logits
+from sparsemm import decode, greedy_token
 
 SHARES = (1 / 64, 2 / 64, 3 / 64, 6 / 64)                   # of the heads that are masked
 
@@ -39,70 +41,78 @@ class Setting:
     window: int = 32
     rho: float = 0.1
     redistribute: bool = True
-    scores: str = "aligned"         # which of the tables of visual scores (L, H), by name
-    rank: str = "mean"              # what a head's positions are ranked by: the method's, or RANKS
+    scores: str = "aligned"         # which of the tables of head scores, by name
+    by: str = "mean"                # what scores a head's positions: the method's, or one of BY
 
 
+@dataclass
 class Prefill:
-    """Stands where a cache would, and keeps of every layer all keys and values and the last
-    queries: what any setting needs to compress it."""
+    """Of every layer all keys and values and the last queries: what any setting needs to compress
+    it. `tables`, below, are {name: head scores (L, H), or a function that draws them with a
+    seed}."""
+    model: object
+    inputs: Prompt
+    q: list = field(default_factory=list)           # (H, rows, D) of each layer
+    k: list = field(default_factory=list)           # (G, T, D)
+    v: list = field(default_factory=list)           # (G, T, D)
+    first: torch.Tensor = None                      # logits (vocabulary,) of the first token
+    shared: dict = field(default_factory=dict)      # position scores that settings have in common
 
-    by_head = False
-
-    def __init__(self, model, image, text, rows=64):
-        """rows: how many queries are kept, the largest observation window."""
-        self.model, self.rows, self.q, self.k, self.v = model, rows, [], [], []
-        self.rankings = {}                                  # those that settings have in common
-        self.inputs = prepare(model, [image], text)
-        self.first = model.logits(model.hidden_states(self.inputs, self)[-1])      # (vocabulary,)
-        self.length = len(self.inputs.ids)
-
-    def __len__(self):
-        return len(self.k)
-
-    def compress(self, layer, q, k, v):
-        """q: (H, T, D), k, v: (G, T, D)."""
-        self.q.append(q[:, -self.rows:].clone())
-        self.k.append(k)
-        self.v.append(v)
+    @property
+    def length(self):
+        return len(self.inputs.ids)
 
     def method(self, setting, tables, seed=0):
         """The setting's Method for this prompt."""
-        c = self.model.config
+        c, head_scores = self.model.config, drawn(tables.get(setting.scores), seed)
         return make_method(setting.method, c.layers, c.kv_heads, self.length, setting.budget,
-                           setting.window, setting.rho, setting.redistribute,
-                           tables.get(setting.scores), seed)
+                           setting.window, setting.rho, setting.redistribute, head_scores, seed)
 
-    def ranked(self, layer, method, setting, tables):
-        """Scores (G, T-w) of the positions, and the place of each in their order, 0 the best."""
-        q, k = self.q[layer], self.k[layer]
-        if method.rank is not observation_scores:                       # by position, and soon done
-            a = method.rank(q, k, setting.window)
-            return a, a.argsort(descending=True, stable=True).argsort()
-        shared = layer, setting.window, setting.rank, setting.rank != "mean" and setting.scores
-        if shared not in self.rankings:
-            a = (observation_scores(q, k, setting.window) if setting.rank == "mean" else
-                 RANKS[setting.rank](attention_rows(q, k, setting.window), k,
-                                     tables[setting.scores][layer]))
-            self.rankings[shared] = a, a.argsort(descending=True, stable=True).argsort()
-        return self.rankings[shared]
+    def position_scores(self, layer, method, setting, tables):
+        """(G, T-w)."""
+        q, k, w = self.q[layer], self.k[layer], setting.window
+        if method.position_scores is not observed_attention:            # by position, and soon done
+            return method.position_scores(q, k, w)
+        key = layer, w, setting.by, setting.by != "mean" and setting.scores
+        if key not in self.shared:
+            self.shared[key] = observed_attention(q, k, w) if setting.by == "mean" else (
+                BY[setting.by](attention_rows(q, k, w), k, tables[setting.scores][layer]))
+        return self.shared[key]
 
     def keep(self, setting, tables, seed=0):
         """The positions of the prompt that each head keeps: (L, G, T) bool."""
-        method, T = self.method(setting, tables, seed), self.length
-        keep = torch.ones(len(self), len(self.k[0]), T, dtype=torch.bool)
-        for l in range(len(self)):
-            a, places = self.ranked(l, method, setting, tables)
-            w = T - a.shape[1]
-            keep[l, :, :T - w] = places.cpu() < (method.budgets(l, a).cpu() - w)[:, None]
-        return keep
+        method, keep = self.method(setting, tables, seed), []
+        for l in range(len(self.k)):
+            a = self.position_scores(l, method, setting, tables)
+            keep.append(select_entries(a, method.budgets(l, a), self.length))
+        return torch.stack(keep).cpu()
 
-    def cache(self, setting, tables, seed=0, reserve=0):
+    def cache(self, setting, tables, seed=0):
         """The real cache, compressed under a setting."""
-        cache = KVCache(self.method(setting, tables, seed), setting.window, reserve)
-        for l in range(len(self)):
+        cache = KVCache(self.method(setting, tables, seed), setting.window)
+        for l in range(len(self.k)):
             cache.compress(l, self.q[l], self.k[l], self.v[l])
         return cache
+
+
+def drawn(table, seed):
+    """A table of head scores, drawn with the seed if it is a function of one."""
+    return table(seed) if callable(table) else table
+
+
+@torch.inference_mode()
+def prefill(model, inputs, rows=64):
+    """A Prompt's Prefill. rows: how many queries are kept, the largest observation window."""
+    kept = Prefill(model, inputs)
+
+    def attend(layer, q, k, v):                            # (H, T, D), (G, T, D), (G, T, D)
+        kept.q.append(q[:, -rows:].clone())
+        kept.k.append(k)
+        kept.v.append(v)
+        return prefill_attention(q, k, v)
+
+    kept.first = model.logits(model.hidden_states(inputs, attend)[-1])
+    return kept
 
 
 def masked_attention(q, k, v, prompt_k, prompt_v, keep):
@@ -120,64 +130,99 @@ def masked_attention(q, k, v, prompt_k, prompt_v, keep):
 
 
 @torch.inference_mode()
-def forced_logits(prefill, keep, ids):
+def forced_logits(prefilled, keep, ids):
     """The logits (S, n, vocabulary) that follow each token of a forced answer, ids (n,), for S
-    caches at a time. keep: (S, L, G, T) bool."""
-    model, c, S, n = prefill.model, prefill.model.config, len(keep), len(ids)
-    positions = prefill.inputs.next_position + torch.arange(n).expand(3, -1)
-    ids, keep = (t.to(prefill.inputs.ids.device) for t in (torch.as_tensor(ids), keep))
-    x = model.decoder.embed_tokens(ids).expand(S, n, -1)                                # (S, n, E)
-    cos, sin = (a.to(x) for a in rotary_angles(positions, c))
-    for l, layer in enumerate(model.decoder.layers):
-        y, attn = layer.input_layernorm(x), layer.self_attn
-        q, k, v = (project(y).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
-                   for project in (attn.q_proj, attn.k_proj, attn.v_proj))      # (S, heads, n, D)
-        out = masked_attention(rotate(q, cos, sin), rotate(k, cos, sin), v,
-                               prefill.k[l], prefill.v[l], keep[:, l])
-        x = x + attn.o_proj(out.transpose(1, 2).flatten(2))             # (S, H, n, D) -> (S, n, E)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.logits(model.decoder.norm(x))
+    caches at a time: to the decoder one row of S * n tokens, of which each n see each other and
+    what their cache keeps. keep: (S, L, G, T) bool."""
+    model, inputs, S, n = prefilled.model, prefilled.inputs, len(keep), len(ids)
+    keep = keep.to(inputs.ids.device)
+
+    def attend(layer, q, k, v):                            # (H, S*n, D), (G, S*n, D), (G, S*n, D)
+        q, k, v = (x.unflatten(1, (S, n)).transpose(0, 1) for x in (q, k, v))    # (S, heads, n, D)
+        out = masked_attention(q, k, v, prefilled.k[layer], prefilled.v[layer], keep[:, layer])
+        return out.transpose(0, 1).flatten(1, 2)           # (S, H, n, D) -> (H, S*n, D)
+
+    x = model.decoder.embed_tokens(inputs.ids.new_tensor(ids)).repeat(S, 1)              # (S*n, E)
+    positions = (inputs.next_position + torch.arange(n)).to(inputs.positions).repeat(3, S)
+    return model.logits(model.decoder(x, positions, attend)).unflatten(0, (S, n))
 
 
-def forced_accuracy(prefill, keep, ids, rows=2048):
+def forced_accuracy(prefilled, keep, ids, rows=2048):
     """The share of right tokens among the second to the last of an answer, for each of S caches:
     (S,). Caches that are the same are computed once, and about `rows` tokens at a time."""
     different, which = torch.unique(keep.flatten(1), dim=0, return_inverse=True)
     different, right = different.view(-1, *keep.shape[1:]), torch.tensor(ids[1:])
-    parts = [forced_logits(prefill, part, ids[:-1]).argmax(-1).cpu() == right
+    parts = [forced_logits(prefilled, part, ids[:-1]).argmax(-1).cpu() == right
              for part in different.split(max(1, rows // len(ids)))]
     return torch.cat(parts).double().mean(1)[which]
 
 
 @torch.inference_mode()
-def written(prefill, cache, limit):
+def written(prefilled, cache, limit):
     """What the model writes from a prefill and its compressed cache, greedily, as text."""
-    model, tokens = prefill.model, [prefill.first.argmax().item()]
-    position = prefill.inputs.next_position
+    model, position = prefilled.model, prefilled.inputs.next_position
+    tokens = [greedy_token(model, prefilled.first, 0)]
     while tokens[-1] not in model.processor.end_tokens and len(tokens) < limit:
-        tokens.append(model.decode(tokens[-1], position, cache).argmax().item())
-        position += 1
+        logits = decode(model, cache, tokens[-1], position + len(tokens) - 1)
+        tokens.append(greedy_token(model, logits, len(tokens)))
     return model.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-# ---- other ways to rank positions ----------------------------------------------------------------
+# ---- tables of head scores, which tell a layer's share from a head's -----------------------------
+# All take head scores (L, H) and return such a table; what counts of it are the sums of the G KV
+# heads, which are dealt out evenly among a group's query heads.
+
+def dealt_out(kv, H):
+    """Scores of KV heads (L, G) -> of query heads (L, H)."""
+    R = H // kv.shape[1]
+    return (kv / R).repeat_interleave(R, dim=1)
+
+
+def power_of_scores(s, G, exponent):
+    """Every KV head's score to a power."""
+    return dealt_out(kv_head_scores(s, G) ** exponent, s.shape[1])
+
+
+def only_layers(s):
+    """Every head has its layer's mean score: layers differ, heads do not."""
+    return s.mean(1, keepdim=True).expand_as(s).clone()
+
+
+def within_layers(s, G, seed):
+    """A layer's scores, permuted among its KV heads: layers keep theirs, heads get another's."""
+    generator, kv = torch.Generator().manual_seed(seed), kv_head_scores(s, G)
+    places = torch.rand(kv.shape, generator=generator).argsort(1)
+    return dealt_out(kv.gather(1, places), s.shape[1])
+
+
+def only_heads(s):
+    """Each layer's scores divided by their sum: heads differ, layers do not. The heads of a layer
+    without scores share alike."""
+    total = s.sum(1, keepdim=True)
+    return torch.where(total > 0, s / total.clamp(min=1e-300), 1 / s.shape[1])
+
+
+def rising_pyramid(s):
+    """PyramidKV's budgets upside down, if there is no uniform share (rho 0): linear in the layer
+    from a 20th of the mean up to 39 20ths. Of s only the shape counts."""
+    return torch.linspace(0.05, 1.95, len(s), dtype=torch.float64)[:, None].expand_as(s).clone()
+
+
+# ---- other ways to score positions ---------------------------------------------------------------
 
 def attention_rows(q, k, window):
-    """A of cache.observation_scores, not yet averaged: (H, w, T-w) float32."""
-    (G, T, D), H = k.shape, q.shape[0]
-    w = min(window, T)
-    keys = k.float().repeat_interleave(H // G, dim=0)                                   # (H, T, D)
-    logits = q[:, -w:].float() @ keys.transpose(1, 2) / math.sqrt(D)                    # (H, w, T)
-    future = torch.ones(w, T, dtype=torch.bool, device=q.device).triu(T - w + 1)
-    return logits.masked_fill(future, -math.inf).softmax(-1)[:, :, :T - w]
+    """A of cache.observed_attention, not yet averaged: (H, w, T-w) float32."""
+    T, w = k.shape[1], min(window, k.shape[1])
+    A = (attention_logits(q[:, -w:], k) / math.sqrt(q.shape[-1])).softmax(-1)            # (H, w, T)
+    return A[:, :, :T - w]
 
 
 def pool(a, kernel=5):
-    """(G, T-w) -> the same, averaged over neighbours as in cache.observation_scores."""
+    """(G, T-w) -> the same, averaged over neighbours as in cache.observed_attention."""
     return F.avg_pool1d(a[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
 
 
-def rank_by_scored_heads(A, k, s):
+def by_scored_heads(A, k, s):
     """The heads of a group count by their visual scores instead of alike. (MHA: no change.)"""
     weights = s.to(A).view(len(k), -1)                                                      # (G, R)
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
@@ -185,18 +230,18 @@ def rank_by_scored_heads(A, k, s):
     return pool((A.mean(1).unflatten(0, weights.shape) * weights[:, :, None]).sum(1))
 
 
-def rank_by_best_head(A, k, s):
+def by_best_head(A, k, s):
     """Of the heads of a group the one that looks most counts. (MHA: no change.)"""
     return pool(A.mean(1).unflatten(0, (len(k), -1)).amax(1))
 
 
-def rank_by_last_query(A, k, s, share=0.5):
+def by_last_query(A, k, s, share=0.5):
     """The last query has `share` of the weight (after BACON, arXiv 2606.14782)."""
     a = share * A[:, -1] + (1 - share) * A.mean(1)                                      # (H, T-w)
     return pool(a.unflatten(0, (len(k), -1)).mean(1))
 
 
-def rank_by_diversity(A, k, s):
+def by_diversity(A, k, s):
     """Attention mixed with how much a key differs from the others (after MixKV, arXiv 2510.20707):
     (1 - r) * attention + r * diversity, both scaled to [0, 1] per head; r is the mean cosine
     similarity of a head's keys."""
@@ -212,42 +257,23 @@ def rank_by_diversity(A, k, s):
     return (1 - r) * scaled(a) + r * scaled(diversity)
 
 
-RANKS = {"heads by score": rank_by_scored_heads, "best head": rank_by_best_head,
-         "last query": rank_by_last_query, "diversity": rank_by_diversity}
-
-
-def power_of_scores(s, G, exponent):
-    """Visual scores (L, H) whose KV heads have s[l,g] ** exponent; it is dealt out evenly among a
-    group's query heads, whose sum is all that counts."""
-    kv = kv_head_scores(s, G) ** exponent
-    return (kv * G / s.shape[1]).repeat_interleave(s.shape[1] // G, dim=1)
+BY = {"heads by score": by_scored_heads, "best head": by_best_head, "last query": by_last_query,
+      "diversity": by_diversity}
 
 
 # ---- masked heads --------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def masked_heads(model, heads, query=False):
-    """Within it the output of these heads, [(layer, head), ...], is zero before o_proj, in whatever
-    the model computes, prefill and answer.
+def masked_heads(heads, attend=no_cache, query=False):
+    """An `attend` in which the output of these heads, [(layer, head), ...], is zero before o_proj.
 
     NOTE(official): there the query is set to zero, so that the head averages all values; so it is
     here with query=True."""
-    D, hooks = model.config.head_dim, []
-    for layer in {l for l, _ in heads}:
-        attention = model.decoder.layers[layer].self_attn
-        columns = torch.tensor([h * D + d for l, h in heads if l == layer for d in range(D)],
-                               device=attention.q_proj.weight.device)
+    def masked(layer, q, k, v):
+        mine = torch.tensor([h for l, h in heads if l == layer], dtype=torch.long, device=q.device)
         if query:
-            hooks.append(attention.q_proj.register_forward_hook(
-                lambda module, inputs, q, columns=columns: q.index_fill(-1, columns, 0)))
-        else:
-            hooks.append(attention.o_proj.register_forward_pre_hook(
-                lambda module, inputs, columns=columns: inputs[0].index_fill(-1, columns, 0)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+            return attend(layer, q.index_fill(0, mine, 0), k, v)
+        return attend(layer, q, k, v).index_fill(0, mine, 0)
+    return masked
 
 
 def head_sets(s, seeds):
@@ -259,8 +285,8 @@ def head_sets(s, seeds):
     for count in counts:
         sets[count, "visual"] = [divmod(i, H) for i in order[:count]]
         for seed in range(seeds):
-            drawn = random.Random(f"masked heads {seed} {count}").sample(others, count)
-            sets[count, seed] = [divmod(i, H) for i in drawn]
+            chosen = random.Random(f"masked heads {seed} {count}").sample(others, count)
+            sets[count, seed] = [divmod(i, H) for i in chosen]
     return sets
 
 
@@ -271,7 +297,6 @@ def masked_accuracy(model, image, text, ids, sets, query=False):
     forced, right = prepare(model, [image], text).extended(ids[:-1]), torch.tensor(ids)
     x, shares = model.embed(forced), []
     for heads in sets:
-        with masked_heads(model, heads, query):
-            hidden = model.decoder(x, forced.positions)[-len(ids):]
+        hidden = model.decoder(x, forced.positions, masked_heads(heads, query=query))[-len(ids):]
         shares.append((model.logits(hidden).argmax(-1).cpu() == right).double().mean().item())
     return shares

@@ -1,79 +1,29 @@
-"""Budgets and scores of heads in text, and pictures drawn with Pillow: the scores' heat map, what
-heads look at, and curves.
+"""Pictures, drawn with Pillow: the scores' heat map, what heads look at, and curves.
 
-    cache.py                                  draw_budgets
-    score_heads.py                            summary
     score_heads.py --heatmap heads.png        heat_map
     sparsemm.py --show-heads look.gif         show_heads
     experiments/reproduce.py main             line_charts
 """
 
+import io
 import math
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cache import allocate_budgets
-from model_llava import GRID, prepare
-from sparsemm import generate
+from model_llava import GRID, prefill_attention, prepare
+from score_heads import attention_logits
+from sparsemm import write_file
 
 RAMP = ((255, 255, 255), (254, 217, 118), (253, 141, 60), (227, 26, 28), (103, 0, 31))  # low, high
 
 
-def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
-    """Text: the three parts of the budget of the best, some middle and the worst heads of s (L, G),
-    drawn to scale, but no part that is there without a mark."""
-    kept = allocate_budgets(s, budget, length, window, rho)
-    (L, G), N = kept.shape, kept.numel()
-    lines = [f"{L} layers x {G} KV heads, a prompt of {length} tokens, budget {budget} per head: "
-             f"{kept.sum():,} of {N * length:,} entries kept",
-             "  # window (last positions)    = uniform    + by visual score"]
-    order = s.flatten().argsort(descending=True, stable=True).tolist()
-    places = [*range(rows), *range(max(rows, N // 2), N // 2 + rows), *range(N - rows, N)]
-    before = -1
-    for place in sorted({p for p in places if 0 <= p < N}):
-        if place > before + 1:
-            lines.append("  ...")
-        before, i = place, order[place]
-        n = kept.flatten()[i].item()
-        w = min(window, n)
-        r = min(round(rho * (budget - window)), n - w)
-        bar = "".join(mark * max(part > 0, round(part * columns / kept.max().item()))
-                      for mark, part in (("#", w), ("=", r), ("+", n - w - r)))
-        lines.append(f"  layer {i // G:2d} head {i % G:2d}  score {s.flatten()[i]:6.2%}  {n:5d}  "
-                     f"{bar}")
-    return "\n".join(lines)
-
-
-def gini(values):
-    """Gini coefficient of non-negative values: 0 if all are alike, near 1 if one holds all."""
-    x, n = values.flatten().sort().values, values.numel()
-    return (2 * (torch.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n).item()
-
-
-def top_share(values, part):
-    """(how many values are the top `part` of them, what share of the sum these hold)."""
-    n = max(1, round(part * values.numel()))
-    return n, (values.flatten().sort(descending=True).values[:n].sum() / values.sum()).item()
-
-
-def summary(s, shades=" .:-=+*#%@"):
-    """Text: the ten best heads of s (L, H), which sums to 1, how concentrated it is over all heads
-    and within each layer, and a map."""
-    (L, H), lines = s.shape, ["layer  head   share"]
-    for i in s.flatten().argsort(descending=True, stable=True)[:10].tolist():
-        lines.append(f"{i // H:5d} {i % H:5d} {s[i // H, i % H]:7.2%}")
-    for part in (0.01, 0.05, 0.10):
-        n, held = top_share(s, part)
-        lines.append(f"top {part:4.0%} ({n} of {L * H} heads) hold {held:.1%}")
-    lines += [f"Gini coefficient {gini(s):.3f}", "",
-              f"layer  share  top 1 %  5 %  10 %   heads 0 to {H - 1}"]
-    for l in range(L):
-        held = "  ".join(f"{top_share(s[l], part)[1]:4.0%}" if s[l].sum() > 0 else "   -"
-                         for part in (0.01, 0.05, 0.10))
-        cells = "".join(shades[min(len(shades) - 1, int(x * len(shades) / s.max()))] for x in s[l])
-        lines.append(f"{l:5d} {s[l].sum():6.1%}   {held}   |{cells}|")
-    return "\n".join(lines)
+def save_whole(image, path, **options):
+    """A picture file, all of it or nothing; its name's ending says which kind."""
+    content = io.BytesIO()
+    image.save(content, Path(path).suffix[1:], **options)
+    write_file(path, content.getvalue())
 
 
 def color(share):
@@ -111,29 +61,23 @@ def heat_map(scores, path, title="visual scores of the heads", cell=16):
     for part in (0, 0.5, 1):
         draw.text((x + 20, top + (1 - part) * height), f"{part * share.max():.1%}", font=font,
                   fill="black", anchor="lm")
-    image.save(path)
+    save_whole(image, path)
 
 
-class RowReader:
-    """Stands where a cache would, and keeps the last `rows` attention rows of some heads."""
+def attention_rows(model, inputs, heads, n):
+    """{(layer, head): the last n attention rows (n, T) of a Prompt} of some heads."""
+    maps = {}
 
-    by_head = False
-
-    def __init__(self, heads, rows):
-        self.heads, self.rows, self.layers, self.maps = heads, rows, 0, {}
-
-    def __len__(self):
-        return self.layers
-
-    def compress(self, layer, q, k, v):
-        """q: (H, T, D), k: (G, T, D), after RoPE. Fills maps[layer, head] = (rows, T)."""
-        (H, T, D), G = q.shape, k.shape[0]
-        future = torch.ones(self.rows, T, dtype=torch.bool, device=q.device).triu(T - self.rows + 1)
-        for l, h in self.heads:
+    def attend(layer, q, k, v):                            # (H, T, D), (G, T, D), (G, T, D)
+        R = len(q) // len(k)
+        for l, h in heads:
             if l == layer:
-                logits = q[h, -self.rows:].float() @ k[h * G // H].float().T / math.sqrt(D)
-                self.maps[l, h] = logits.masked_fill(future, -torch.inf).softmax(-1).cpu()
-        self.layers += 1
+                logits = attention_logits(q[h:h + 1, -n:], k[h // R:h // R + 1])[0]
+                maps[l, h] = (logits / math.sqrt(q.shape[-1])).softmax(-1).cpu()
+        return prefill_attention(q, k, v)
+
+    model.hidden_states(inputs, attend)
+    return maps
 
 
 def overlay(picture, image, weights, scale):
@@ -152,18 +96,16 @@ def overlay(picture, image, weights, scale):
 
 
 @torch.inference_mode()
-def show_heads(model, picture, prompt, scores, path, token=0, count=3, scale=1):
-    """Where the best and the worst heads look while the answer is written.
+def show_heads(model, picture, prompt, scores, path, token=0, *, token_ids, count=3, scale=1):
+    """Where the best and the worst heads look while an answer, token_ids, is written.
 
     scores: (L, H); path: a PNG shows the answer's token number `token`, a GIF all of them in turn;
-    count: how many heads of either end. Returns the answer."""
-    result = generate(model, [picture], prompt, "full")
-    ids = result["token_ids"]
+    count: how many heads of either end."""
+    ids = token_ids
     order = scores.flatten().argsort(descending=True, stable=True).tolist()
     heads = [divmod(i, scores.shape[1]) for i in order[:count] + order[-count:]]
     inputs = prepare(model, [picture], prompt)
-    reader = RowReader(heads, len(ids))
-    model.hidden_states(inputs.extended(ids[:-1]), reader)       # row i is of the query emitting i
+    maps = attention_rows(model, inputs.extended(ids[:-1]), heads, len(ids))   # row i emits token i
     image, start = inputs.images[0], inputs.starts[0]
     decode = model.processor.tokenizer.decode
     written = [i for i in range(len(ids)) if ids[i] not in model.processor.end_tokens]
@@ -171,15 +113,12 @@ def show_heads(model, picture, prompt, scores, path, token=0, count=3, scale=1):
     for i in written if str(path).lower().endswith(".gif") else [min(token, len(ids) - 1)]:
         panels = []
         for l, h in heads:
-            weights = reader.maps[l, h][i, start:start + len(image)]
+            weights = maps[l, h][i, start:start + len(image)]
             label = f"layer {l} head {h}: {scores[l, h] / scores.sum():.1%}"
             panels.append((label, overlay(picture, image, weights / weights.max(), scale)))
         frames.append(arrange(panels, count, decode(ids[:i]), decode([ids[i]])))
-    if len(frames) > 1:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=700, loop=0)
-    else:
-        frames[0].save(path)
-    return result["text"]
+    animated = dict(save_all=True, append_images=frames[1:], duration=700, loop=0)
+    save_whole(frames[0], path, **(animated if len(frames) > 1 else {}))
 
 
 def arrange(panels, count, before, now):
@@ -244,7 +183,7 @@ def line_charts(panels, path, title, x_label, x_ticks):
         draw.line((x, y, x + 26, y), fill=LINES[i % len(LINES)], width=2)
         mark(draw, x + 13, y, i)
         draw.text((x + 34, y), name, font=small, fill="black", anchor="lm")
-    image.save(path)
+    save_whole(image, path)
 
 
 def draw_panel(draw, box, curves, names, x_ticks, font):

@@ -28,19 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cache import METHODS, NEEDS_SCORES
-from experiments.arguments import (OneLineParser, add_model_arguments, open_image,
-                                   output_folder, share, whole_number)
+from cache import METHODS, NEEDS_HEAD_SCORES, OneLineParser
+from experiments.arguments import output_folder, share, whole_number
 from experiments.metrics import (anls, choose, cider, circular, contains, relaxed_match,
                                  vqa_accuracy)
 from experiments.miniatures import make_miniatures
-from experiments.progress import gather, rank_and_ranks, write_json
-from model_llava import load
-from sparsemm import SCORES_FILE, find_scores, generate
+from model_llava import load, open_image
+from score_heads import gather, process_and_processes
+from sparsemm import (SCORES_FILE, add_model_arguments, find_head_scores, generate, write_file,
+                      write_json)
 
 
 # ---- the seven benchmarks ------------------------------------------------------------------------
@@ -224,7 +223,7 @@ def check_any(args, rows, examples, errors):
 
 # ---- predictions, and the folder that keeps them -------------------------------------------------
 
-def check_settings(folder, settings, rank):
+def check_settings(folder, settings, process):
     """Raises ValueError if the folder holds predictions made with other settings; a setting of None
     was not used. Process 0 writes the settings down."""
     path = folder / "settings.json"
@@ -237,7 +236,7 @@ def check_settings(folder, settings, rank):
     if other:
         raise ValueError(f"--out {folder}: holds predictions made with another {', '.join(other)}; "
                          "another folder is right, or this one emptied")
-    if rank == 0:
+    if process == 0:
         write_json(before | {key: value for key, value in settings.items() if value is not None},
                    path)
 
@@ -377,53 +376,53 @@ def fingerprint(content):
 
 
 def read_scores(args, model):
-    """The visual scores (L, H), or None if no method needs them."""
-    if not set(args.methods) & set(NEEDS_SCORES):
+    """The visual head scores (L, H), or None if no method needs them."""
+    if not set(args.methods) & set(NEEDS_HEAD_SCORES):
         return None
-    scores = find_scores(model, args.scores)
+    scores = find_head_scores(model, args.scores)
     if scores is None:
         raise ValueError(f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py "
                          f"--model {args.model} makes it, and --methods full,snapkv needs none")
     return scores
 
 
-def prepare_folder(args, model, scores, rank):
+def prepare_folder(args, model, scores, process):
     """Makes the folder --out, or checks that what it holds was made with the same settings."""
     settings = dict(
         task=args.task, data=fingerprint(Path(args.data).read_bytes()),
         model=Path(args.model).name if Path(args.model).is_dir() else args.model,
-        dtype=str(model.decoder.embed_tokens.weight.dtype), window=args.window, rho=args.rho,
+        dtype=str(model.dtype), window=args.window, rho=args.rho,
         redistribute=not args.no_redistribute, seed=args.seed,
         scores=None if scores is None else fingerprint(scores.numpy().tobytes()))
     try:
         output_folder(args.out)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"argument --out: {error}") from None
-    check_settings(args.out, settings, rank)
+    check_settings(args.out, settings, process)
     return settings
 
 
-def evaluate(args, rank, ranks):
+def evaluate(args, process, processes):
     """Answers this process's share of the rows; process 0 then judges those of all."""
     rows = read_rows(args.data)
     examples, errors = read_examples(args.task, rows, args.images, args.limit)
     check_any(args, rows, examples, errors)
     model = load(args.model, args.device, args.dtype)
     scores = read_scores(args, model)
-    settings = prepare_folder(args, model, scores, rank)
+    settings = prepare_folder(args, model, scores, process)
 
     def answer(images, prompt, method, budget):
         return generate(model, images, prompt, method, budget or args.window, window=args.window,
-                        rho=args.rho, redistribute=not args.no_redistribute, scores=scores,
+                        rho=args.rho, redistribute=not args.no_redistribute, head_scores=scores,
                         max_new_tokens=TASKS[args.task].max_new_tokens, seed=args.seed)
 
     done = read_predictions(args.out)
-    new, unread = predict(examples[rank::ranks], args.runs, answer,
-                          args.out / f"predictions-{rank}.jsonl", done, quiet=rank > 0)
-    for new_of_rank, unread_of_rank in gather((new, unread)):
-        done |= new_of_rank
-        errors |= unread_of_rank
-    if rank == 0:
+    new, unread = predict(examples[process::processes], args.runs, answer,
+                          args.out / f"predictions-{process}.jsonl", done, quiet=process > 0)
+    for new_of_one, unread_of_one in gather((new, unread)):
+        done |= new_of_one
+        errors |= unread_of_one
+    if process == 0:
         finish(args, settings, rows, examples, errors, done)
 
 
@@ -434,10 +433,8 @@ def finish(args, settings, rows, examples, errors, done):
     examples = [example for example in examples if example.question not in broken]
     check_any(args, rows, examples, errors)
     lines, results = judge_runs(args.task, examples, args.runs, done)
-    temporary = args.out / "scores.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-                         encoding="utf-8")
-    os.replace(temporary, args.out / "scores.jsonl")
+    write_file(args.out / "scores.jsonl",
+               "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     metric = TASKS[args.task].metric
     skipped = {row_name(args.task, rows, number): text for number, text in sorted(errors.items())}
     write_json(dict(settings, metric=metric, skipped=skipped, results=results),
@@ -452,12 +449,12 @@ def finish(args, settings, rows, examples, errors, done):
 def main(argv=None):
     parser, args = parse_arguments(argv)
     warnings.filterwarnings("ignore")                      # the user's input is not at fault there
-    rank, ranks = rank_and_ranks(args)
+    process, processes = process_and_processes(args)
     try:
         if args.make_miniature:
             make_miniatures(Path(args.make_miniature), args.num, args.seed)
         else:
-            evaluate(args, rank, ranks)
+            evaluate(args, process, processes)
     except ValueError as error:
         parser.error(error)
 

@@ -7,8 +7,8 @@
 For each kind and size of page it prints the mean character accuracy (1 - edit distance / length,
 not below 0) of the transcript and, for every other task (pages.WORDINGS), the share of exact
 answers, one question a page and task. The cache is full. A page is read once for all questions
-about it, and the right answer serves as the draft of speculative decoding (experiments/drafts.py):
-the model writes what it would write anyway, but a right answer takes few passes.
+about it. Whether an answer is exact takes a single pass over the right one, token by token forced:
+the model writes it by itself if and only if each of its tokens is the likeliest after those before.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, font_files,
-                                   output_file, whole_number)
-from experiments.drafts import write
+from cache import OneLineParser
+from experiments.arguments import as_typed, font_files, whole_number
+from experiments.compress import forced_logits, prefill
 from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
-from experiments.progress import machine_name, write_json
+from experiments.progress import machine_name
 from model_llava import load, prepare
-from score_heads import Reading
+from sparsemm import DEFAULT_MODEL, check_output, generate, write_json
 
 QUESTIONS = [task for task in WORDINGS if task != "transcript"]
 
@@ -52,25 +52,34 @@ def page_size(text):
     return int(width), int(height)
 
 
-@torch.inference_mode()
-def answers(model, image, questions):
-    """The texts that a model writes, each as if it were asked nothing else, and the number of image
-    tokens. questions: [(prompt, right answer), ...]; the more of an answer is right, the fewer
-    passes it takes."""
-    tokenizer, texts = model.processor.tokenizer, []
-    prompts = [prepare(model, [image], text) for text, _ in questions]
-    page = prompts[0]                                      # what all prompts begin with ends with
-    end = page.starts[0] + page.image_tokens               # the image
-    longest = max(len(asked.ids) + len(right) for asked, (_, right) in zip(prompts, questions))
-    reading = Reading(first=end, room=longest - end + 64)
-    model.hidden_states(replace(page, ids=page.ids[:end], positions=page.positions[:, :end]),
-                        reading)
-    for asked, (_, right) in zip(prompts, questions):
-        reading.cut(end)
-        draft = tokenizer(right, add_special_tokens=False).input_ids
-        written = write(model, asked, reading, draft, limit=len(right) + 32)
-        texts.append(tokenizer.decode(written, skip_special_tokens=True))
-    return texts, page.image_tokens
+class Page:
+    """A page that is read once for all questions about it."""
+
+    def __init__(self, model, image):
+        self.model, self.image, asked = model, image, prepare(model, [image], "")
+        self.image_tokens = asked.image_tokens
+        self.end = asked.starts[0] + asked.image_tokens     # all prompts begin with the same tokens
+        self.read = prefill(model, replace(asked, ids=asked.ids[:self.end],
+                                           positions=asked.positions[:, :self.end]))
+
+    def is_answered(self, text, right):
+        """Whether the model answers a question with exactly the right answer."""
+        c, processor = self.model.config, self.model.processor
+        asked = processor.token_ids(1, text)
+        asked = asked[asked.index(c.image_token) + 1:]
+        answer = processor.tokenizer(right, add_special_tokens=False).input_ids
+        keep = torch.ones(1, c.layers, c.kv_heads, self.end, dtype=torch.bool)
+        logits = forced_logits(self.read, keep, asked + answer)[0, len(asked) - 1:]
+        *written, end = logits.argmax(-1).tolist()
+        return written == answer and end in processor.end_tokens
+
+    def transcribed(self, text, right):
+        """The character accuracy of what the model writes."""
+        if self.is_answered(text, right):
+            return 1.0
+        written = generate(self.model, [self.image], text, "full",
+                           max_new_tokens=len(right) + 32)["text"]
+        return max(0.0, 1 - edit_distance(written, right) / len(right))
 
 
 def evaluate(model, kind, size, num, seed, transcripts, fonts=(None,)):
@@ -88,11 +97,11 @@ def evaluate(model, kind, size, num, seed, transcripts, fonts=(None,)):
                 chosen.append(rng.choice(entries))
         if not chosen:
             continue
-        texts, image_tokens = answers(model, page.image, [
-            (prompt(None, task, about), right) for task, about, right in chosen])
-        for text, (task, _, right) in zip(texts, chosen):
-            scores[task].append(max(0, 1 - edit_distance(text, right) / len(right))
-                                if task == "transcript" else float(text == right))
+        read = Page(model, page.image)
+        image_tokens = read.image_tokens
+        for task, about, right in chosen:
+            judge = read.transcribed if task == "transcript" else read.is_answered
+            scores[task].append(float(judge(prompt(None, task, about), right)))
     means = {task: dict(pages=len(of_task), mean=sum(of_task) / len(of_task) if of_task else None)
              for task, of_task in scores.items()}
     return dict(kind=kind, width=size[0], height=size[1], image_tokens=image_tokens, tasks=means)
@@ -125,12 +134,14 @@ def main(argv=None):
     parser.add_argument("--fonts", type=font_files, default=[None], metavar="DIR",
                         help="TrueType files to draw the pages with, instead of the built-in font")
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--out", type=output_file, metavar="FILE",
+    parser.add_argument("--out", metavar="FILE",
                         help="default: in the model's folder, evaluation.json or, with --fonts, "
                              "evaluation-fonts.json")
     args = parser.parse_args(argv)
     transcripts = args.num if args.transcripts is None else args.transcripts
     try:
+        if args.out:
+            check_output(args.out, "--out")
         model = load(args.model, "auto", "float32")
     except ValueError as error:
         parser.error(error)
@@ -143,7 +154,7 @@ def main(argv=None):
                          f"--num {args.num} --transcripts {transcripts} --seed {args.seed} "
                          f"--kinds {' '.join(args.kinds)} --sizes {sizes}"
                          + " --fonts DIR" * bool(fonts), fonts=fonts or ["Pillow's built-in"],
-                 machine=machine_name(model.decoder.embed_tokens.weight.device),
+                 machine=machine_name(model.device),
                  torch=torch.__version__, transformers=transformers.__version__, seed=args.seed,
                  results=results)
     write_json(about, args.out or model.folder / f"evaluation{'-fonts' * bool(fonts)}.json")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsemm import write_file
+
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -154,6 +156,4 @@ def write_readme(path, out, parts):
         raise ValueError(f"--readme: {path} must have {START} and {END}, once each")
     before, after = text.split(START)[0], text.split(END)[1]
     chapter = results_chapter(out, parts, path.resolve().parent)
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(f"{before}{START}\n{chapter}{END}{after}", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, f"{before}{START}\n{chapter}{END}{after}")

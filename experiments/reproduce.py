@@ -3,7 +3,8 @@
     python experiments/reproduce.py [PART] [--model DIR ...] [--quick] [--out DIR]
 
     heads           how many heads look at the image, and how concentrated their scores are
-    main            every method at every budget, by page size; answers written freely
+    main            every method at every budget, by page size; what layers and what heads
+                    contribute; answers written freely
     large           the same on pages of 512 x 512 pixels, with scores from the smaller ones
     ablation        window, uniform and score part; rho; the window's size
     masking         the visual heads switched off, against random ones
@@ -30,6 +31,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,22 +40,23 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cache import METHODS
-from experiments.arguments import (DEFAULT_MODEL, OneLineParser, as_typed, device_name,
-                                   output_folder, whole_number)
-from experiments.compress import (RANKS, Prefill, Setting, forced_accuracy, head_sets,
-                                  masked_accuracy, power_of_scores, written)
-from experiments.draw import gini, line_charts, top_share
+from cache import METHODS, OneLineParser
+from experiments import fastv as pruning
+from experiments.arguments import as_typed, output_folder, whole_number
+from experiments.compress import (BY, Setting, drawn, forced_accuracy, head_sets, masked_accuracy,
+                                  only_heads, only_layers, power_of_scores, prefill,
+                                  rising_pyramid, within_layers, written)
+from experiments.draw import line_charts
 from experiments.evaluate_tiny import edit_distance, page_size
 from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
-from experiments.progress import machine_name, write_json
+from experiments.progress import machine_name
 from experiments.report import (claim, interval, negative, positive, results_page, show, table,
                                 write_readme)
 from experiments.sources import Rendered
-from model_llava import DTYPES, load
-from score_heads import MATCHES, score_transcript
-from sparsemm import generate
+from model_llava import DTYPES, load, prepare
+from score_heads import MATCHES, gini, score_transcript, top_share
+from sparsemm import DEFAULT_MODEL, generate, write_file, write_json
 
 HERE = Path(__file__).resolve().parent
 SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")
@@ -61,6 +64,9 @@ BUDGETS = (48, 64, 96, 128, 256, 512)                       # of the paper's abl
 TIGHT = BUDGETS[:3]
 LARGE_PAGE = (512, 512)         # more than 1,000 image tokens for the small models
 RIVALS = ("shuffled", "random", "snapkv", "pyramidkv", "adakv")
+CONTROLS = {"layers": dict(scores="layers"), "within": dict(scores="within"),
+            "heads": dict(scores="heads"),
+            "pyramidkv upside down": dict(scores="rising pyramid", rho=0.0)}
 WRITERS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "shuffled")             # who write freely
 TASKS = {"question": ("form", "receipt", "table", "label"),
          "transcript": ("lines", "form", "receipt", "letter")}      # and the kinds of their pages
@@ -135,7 +141,7 @@ class Run:
     sizes: list                     # page sizes, the smallest first
     pages: int                      # of each task and size
     scoring_pages: int
-    tables: dict = field(default_factory=dict)              # visual scores (L, H) by name
+    tables: dict = field(default_factory=dict)              # see compress.Prefill
     weights: int = 0                # a checksum of the weights
     seconds: float = 0              # that the results took which were asked for so far
 
@@ -169,25 +175,25 @@ class Run:
     def facts(self, settings):
         """What results of settings depend on."""
         return dict(settings=[asdict(s) for s in settings], tables={
-            name: checksum(self.tables[name]) for name in sorted({s.scores for s in settings})})
+            name: checksum(drawn(self.tables[name], 0))
+            for name in sorted({s.scores for s in settings})})
 
     def decode(self, ids):
         return self.model.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
     def measure(self, name, task, size, settings, num=None, split="test"):
         """Each setting on the same pages, answers forced: {setting: {"accuracy": (pages,), "kept":
-        (pages,) entries per head}} and the mean prompt length. Random tables are drawn anew for
+        (pages,) entries per head}} and the mean prompt length. What is drawn is drawn anew for
         every page, so that intervals hold the luck of the draw, too."""
         facts = dict(self.facts(settings), task=task, size=size, split=split, longest=LONGEST)
 
         def work(i):
             image, text, _, ids = exercise(self.model, split, self.seed, task, size, i)
-            with torch.inference_mode():
-                prefill = Prefill(self.model, image, text)
-                keep = torch.stack([prefill.keep(s, self.tables, seed=i) for s in settings])
-                accuracy = forced_accuracy(prefill, keep, ids).tolist()
-            kept = keep.double().mean((1, 2, 3)) * prefill.length
-            return dict(tokens=prefill.length, kept=kept.tolist(), accuracy=accuracy)
+            read = prefill(self.model, prepare(self.model, [image], text))
+            keep = torch.stack([read.keep(s, self.tables, seed=i) for s in settings])
+            kept = keep.double().mean((1, 2, 3)) * read.length
+            return dict(tokens=read.length, kept=kept.tolist(),
+                        accuracy=forced_accuracy(read, keep, ids).tolist())
 
         label = f"{name}-{task}-{size[0]}x{size[1]}-{split}"
         done = self.per_page(label, facts, num or self.pages, work)
@@ -267,6 +273,12 @@ def mean_scores(scores):
     return s / s.sum() if s.sum() > 0 else torch.full_like(s, 1 / s.numel())
 
 
+def score_tables(s, G):
+    """The visual scores (L, H), and those of CONTROLS."""
+    return {"aligned": s, "layers": only_layers(s), "within": partial(within_layers, s, G),
+            "heads": only_heads(s), "rising pyramid": rising_pyramid(s)}
+
+
 def figure(measured, entry, what="accuracy"):
     """A cell: of a setting its mean, of a pair of settings the paired difference, or None."""
     if isinstance(entry, tuple):
@@ -293,6 +305,11 @@ def by_method(methods=METHODS[1:], budgets=BUDGETS):
             **{method: row(budgets, method=method) for method in methods}}
 
 
+def with_controls():
+    """The rows of by_method, and the tables of scores that tell layers from heads."""
+    return by_method() | {name: row(**changes) for name, changes in CONTROLS.items()}
+
+
 def flat(*groups):
     """All settings of some tables' rows, each once."""
     return list(dict.fromkeys(s for rows in groups for r in rows.values() for s in r if s))
@@ -301,6 +318,17 @@ def flat(*groups):
 def against(rows, name):
     """Rows of pairs: the settings of row `name` against those of every other row."""
     return {other: list(zip(rows[name], r)) for other, r in rows.items() if other != name}
+
+
+def split_gain(rows):
+    """Rows of pairs: what sparsemm gains over snapkv; what of it the layers' shares alone give, and
+    what heads add to that."""
+    def minus(a, b):
+        return list(zip(rows[a], rows[b]))
+    return {"sparsemm - snapkv": minus("sparsemm", "snapkv"),
+            "layers alone: layers - snapkv": minus("layers", "snapkv"),
+            "heads beside: sparsemm - layers": minus("sparsemm", "layers"),
+            "the right heads of a layer: sparsemm - within": minus("sparsemm", "within")}
 
 
 def tight(T):
@@ -371,8 +399,8 @@ def heads(run):
 
 
 def main_part(run):
-    """Every method at every budget, questions and transcripts, by page size."""
-    rows, tables, claims, curves, size = by_method(), [], [], {}, run.reading_size()
+    """Every method and control at every budget, questions and transcripts, by page size."""
+    rows, tables, claims, curves, size = with_controls(), [], [], {}, run.reading_size()
     for task in TASKS:
         for other in run.sizes:
             measured, T = run.measure("main", task, other, flat(rows))
@@ -381,11 +409,13 @@ def main_part(run):
                 grid(f"Accuracy, {where}, %", BUDGETS, rows, measured, readme=other == size),
                 grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
                      against(rows, "sparsemm"), measured),
+                grid(f"Layers and heads in sparsemm's gain over snapkv, {where}, points", BUDGETS,
+                     split_gain(rows), measured, readme=other == size),
                 grid(f"Entries really kept per head, {where}", BUDGETS, rows, measured, "kept")]
             if other == size:
                 claims += method_claims(f"{task}s", measured, T, rows)
                 curves[where] = {m: [(measured[s]["kept"].mean(), measured[s]["accuracy"].mean())
-                                     for s in dict.fromkeys(r)] for m, r in rows.items()}
+                                     for s in dict.fromkeys(r)] for m, r in by_method().items()}
     picture = f"main-{run.name}.png"
     line_charts(curves, run.out / picture, f"{run.name}: accuracy (%) against kept entries",
                 "entries kept per head", BUDGETS[:-1])
@@ -408,6 +438,11 @@ def method_claims(where, measured, T, rows):
     claims.append(claim(f"random scores are as good as snapkv, {where}", "about equal",
                         compared(measured, rows["random"], rows["snapkv"], tight(T)),
                         lambda f: f[1] <= 0 <= f[2]))
+    for control, what in (("layers", "the layers' shares alone (layers)"),
+                          ("within", "the same with a layer's heads permuted (within)")):
+        claims.append(claim(f"sparsemm above {what}, {where}", "not measured",
+                            compared(measured, rows["sparsemm"], rows[control], tight(T)),
+                            positive))
     claims.append(claim(f"random scores gain no more than a point over snapkv, {where}",
                         "about equal", compared(measured, rows["random"], rows["snapkv"], tight(T)),
                         lambda f: f[0] <= 0.01))
@@ -426,10 +461,8 @@ def free_running(run, size):
         def work(i):
             image, text, _, ids = exercise(run.model, "test", run.seed, task, size, i)
             right, limit = run.decode(ids), min(LONGEST, len(ids) + 8)
-            with torch.inference_mode():
-                prefill = Prefill(run.model, image, text)
-                texts = [written(prefill, prefill.cache(s, run.tables, i, limit), limit)
-                         for s in settings]
+            read = prefill(run.model, prepare(run.model, [image], text))
+            texts = [written(read, read.cache(s, run.tables, i), limit) for s in settings]
             return {name: [of(text, right) for text in texts] for name, of in measures.items()}
 
         pages = run.per_page(f"free-{task}-{size[0]}x{size[1]}",
@@ -445,14 +478,16 @@ def free_running(run, size):
 
 
 def large(run):
-    """Every method at every budget on large pages, of which there are half as many."""
-    rows, num, tables, claims = by_method(), max(1, run.pages // 2), [], []
+    """Every method and control at every budget on large pages, of which there are half as many."""
+    rows, num, tables, claims = with_controls(), max(1, run.pages // 2), [], []
     for task in TASKS:
         measured, T = run.measure("large", task, LARGE_PAGE, flat(rows), num=num)
         where = place(task, LARGE_PAGE, T)
         tables += [grid(f"Accuracy, {where}, {num} pages, %", BUDGETS, rows, measured, readme=True),
                    grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
-                        against(rows, "sparsemm"), measured)]
+                        against(rows, "sparsemm"), measured),
+                   grid(f"Layers and heads in sparsemm's gain over snapkv, {where}, points",
+                        BUDGETS, split_gain(rows), measured)]
         claims += method_claims(f"{task}s, large pages", measured, T, rows)
     return dict(facts=dict(pages=num, size=LARGE_PAGE), tables=tables, claims=claims)
 
@@ -634,7 +669,7 @@ def redistribution(run):
 def beyond(run):
     """Changes to the method, compared on development pages; the same again on test pages."""
     size, G, base = run.reading_size(), run.model.config.kv_heads, row()
-    rows = {f"ranked by {rank}": row(rank=rank) for rank in RANKS}
+    rows = {f"ranked by {by}": row(by=by) for by in BY}
     for exponent in (0.5, 0.75, 2):
         name = f"scores to the power {exponent:g}"
         run.tables[name] = power_of_scores(run.tables["aligned"], G, exponent)
@@ -678,9 +713,10 @@ def fastv(run, layer=2):
         rows = []
         for kept in shares:
             for method, budget in hows.values():
-                r = generate(run.model, [image], text, method, budget, max_new_tokens=len(ids) + 8,
-                             scores=run.tables["aligned"],
-                             fastv=None if kept == 1 else (layer, kept))
+                answer = generate if kept == 1 else partial(pruning.generate, layers=layer,
+                                                            keep=kept)
+                r = answer(run.model, [image], text, method=method, budget=budget,
+                           head_scores=run.tables["aligned"], max_new_tokens=len(ids) + 8)
                 rows.append([float(r["text"] == run.decode(ids)), np.mean(r["kept"]),
                              1000 * r["prefill_seconds"]])
         return rows
@@ -723,7 +759,7 @@ def parse_arguments(argv):
                         default=[(256, 128), (256, 256), (256, 384)], help="of pages, in pixels")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE",
                         help="what the part readme rewrites")
-    parser.add_argument("--device", type=device_name, default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     args = parser.parse_args(argv)
@@ -740,14 +776,14 @@ def parse_arguments(argv):
 
 def describe(args, run, part, model):
     """What a result depends on. model: as --model names it."""
-    c, device = run.model.config, run.model.decoder.embed_tokens.weight.device
+    c = run.model.config
     return dict(
         part=part, model=run.name, attention="MHA" if c.heads == c.kv_heads else "GQA",
         layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, seed=args.seed,
         command=f"python experiments/reproduce.py {part} --model {as_typed(model)} --pages "
                 f"{args.pages} --scoring-pages {args.scoring_pages} --sizes "
                 f"{' '.join(f'{w}x{h}' for w, h in args.sizes)} --seed {args.seed}",
-        machine=machine_name(device),
+        machine=machine_name(run.model.device),
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       transformers=transformers.__version__))
 
@@ -758,13 +794,13 @@ def run_parts(args, name):
     run = Run(model, Path(name).resolve().name if Path(name).is_dir() else name.split("/")[-1],
               args.out, args.seed, args.sizes, args.pages, args.scoring_pages,
               weights=checksum(torch.cat([p.flatten()[:100].float() for p in model.parameters()])))
-    run.tables["aligned"] = mean_scores(run.ocr_scores()[0])
+    run.tables |= score_tables(mean_scores(run.ocr_scores()[0]), model.config.kv_heads)
     for part in PARTS if args.part == "all" else [args.part]:
         run.seconds = 0
         found = PARTS[part](run)
         results = dict(describe(args, run, part, name), seconds=run.seconds, **found)
         write_json(results, args.out / f"{part}-{run.name}.json")
-        (args.out / f"{part}-{run.name}.md").write_text(results_page(results), encoding="utf-8")
+        write_file(args.out / f"{part}-{run.name}.md", results_page(results))
         print(results_page(results))
 
 

@@ -81,8 +81,8 @@ from transformers import (AttentionInterface, AttentionMaskInterface, CLIPVision
 from transformers.vision_utils import get_vision_position_ids
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.arguments import (OneLineParser, device_name, find_device, font_files,
-                                   output_folder, whole_number)
+from cache import OneLineParser
+from experiments.arguments import device_name, font_files, output_folder, whole_number
 from experiments.pages import COLORS, COLUMNS, ITEMS, SHAPES, prompt, render_page, tasks
 from model_llava import load
 
@@ -1256,7 +1256,6 @@ def main(argv=None):
     if args.stage and args.stage not in stages:
         parser.error(f"--stage {args.stage}: this layout has {', '.join(stages)}")
     args.out = args.out or here.parent / "tiny" / args.layout
-    args.device = find_device(args.device)
     torch.set_num_threads(args.threads)
     try:
         trainer = Trainer(args)
