@@ -337,7 +337,7 @@ def rotate(page, degrees, color):
 
 
 def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0.03, wear=0.0,
-                fonts=(None,)):
+                fonts=(None,), wild=0.0):
     """Renders one page.
 
     rng: random.Random, the only source of chance; kind: one of KINDS or TRAINING_KINDS; width,
@@ -345,9 +345,14 @@ def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0
     large); max_rows: at most so many lines; noise: largest standard deviation of the Gaussian
     noise, as a share of the range from black to white; wear: probability of each of three defects,
     an uneven background, a rotation by up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files
-    to choose from, None for the built-in font. Rows that do not fit are left out, and so are their
-    questions.
+    to choose from, None for the built-in font; wild: probability of a page that looks like other
+    people's (see wild_pages.py; not for "shapes"), with font sizes of its own. Rows that do not fit
+    are left out, and so are their questions.
     """
+    if wild and kind != "shapes" and rng.random() < wild:
+        from experiments.wild_pages import wild_page           # which needs this module
+        page, background = wild_page(rng, kind, width, height, max_rows, wear, rng.choice(fonts))
+        return worn(rng, page, background, noise, wear)
     background, ink = random_colors(rng)
     uneven = rng.randint(8, 30) if rng.random() < wear else 0
     image = background_pixels(rng, width, height, background, uneven)
@@ -378,6 +383,11 @@ def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0
                                ink, 1.0, True)[0]]
     if kind == "shapes" and height - text_height > 24:
         page.objects = draw_shapes(rng, draw, width, text_height, height)
+    return worn(rng, page, background, noise, wear)
+
+
+def worn(rng, page, background, noise, wear):
+    """The page turned, with noise and JPEG artefacts, as render_page says."""
     if rng.random() < wear:
         rotate(page, rng.uniform(-1.5, 1.5), background)
     if noise:
@@ -422,14 +432,15 @@ def draw_row(draw, row, font, y, margin, column, width, ink, space, may_break):
             x += length + gap
         if full:
             break
-    line = []
-    for word, x in placed:
-        draw.text((x, y), word, font=font, fill=ink)
-        edges = [font.getlength(word[:i]) for i in range(len(word) + 1)]
-        line.append(Word(word, tuple(draw.textbbox((x, y), word, font=font)),
-                         tuple((x + (a + b) / 2, y + 0.62 * font.size)
-                               for a, b in zip(edges, edges[1:]))))
+    line = [draw_word(draw, word, x, y, font, ink) for word, x in placed]
     return line, bool(line)
+
+
+def draw_word(draw, word, x, y, font, ink):
+    draw.text((x, y), word, font=font, fill=ink)
+    edges = [font.getlength(word[:i]) for i in range(len(word) + 1)]
+    return Word(word, tuple(draw.textbbox((x, y), word, font=font)),
+                tuple((x + (a + b) / 2, y + 0.62 * font.size) for a, b in zip(edges, edges[1:])))
 
 
 def main(argv=None):
@@ -443,9 +454,11 @@ def main(argv=None):
     parser.add_argument("--out", type=png_file, required=True, metavar="PNG")
     parser.add_argument("--wear", type=share, default=0.0,
                         help="probability of an uneven background, a rotation, JPEG artefacts")
+    parser.add_argument("--wild", type=share, default=0.0,
+                        help="probability of a page with rules, grids, frames, titles and so on")
     args = parser.parse_args(argv)
     page = render_page(random.Random(args.seed), args.kind, args.width, args.height,
-                       wear=args.wear)
+                       wear=args.wear, wild=args.wild)
     page.image.save(args.out)
     print(page.text)
     for task, about, answer in tasks(page)[1:]:
