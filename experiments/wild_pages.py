@@ -269,7 +269,7 @@ def column_spans(sheet, rows):
 def put_grid(sheet, rows, aligns, header=False, sums=0, boxed=False, plain=False):
     """Draws rows of cells in columns, with or without rules, a grid, bars, leaders and boxes.
     header: the first row has the columns' names; sums: so many last rows are sums; boxed: the last
-    column's cells may stand in boxes. Returns the number of rows that were drawn."""
+    column's cells may stand in boxes; plain: keys above values. Returns the number of rows."""
     rng, spans = sheet.rng, column_spans(sheet, rows)
     while not spans and sheet.size > 12:
         sheet.size -= 1
@@ -286,7 +286,7 @@ def put_grid(sheet, rows, aligns, header=False, sums=0, boxed=False, plain=False
     leader = not plain and not header and len(spans) == 2 and grid == "none" and sheet.chance(0.3)
     under_header, over_sums = header and sheet.chance(0.65), sums and sheet.chance(0.6)
     boxes = boxed and grid == "none" and not leader and sheet.chance(0.2)
-    top, bottoms = sheet.area[1], []
+    top, bottoms, between = sheet.area[1], [], rng.choice([0, 4, 8, sheet.size])
     for i, row in enumerate(rows):
         look = dict(ink=(255, 255, 255), fill=bar) if bar and i == 0 else \
             dict(fill=zebra) if zebra and i % 2 else {}
@@ -297,6 +297,8 @@ def put_grid(sheet, rows, aligns, header=False, sums=0, boxed=False, plain=False
         if not place:
             break
         bottoms.append(place[1])
+        if plain and i % 2:
+            sheet.area[1] += between
         if leader:
             (a, b), middle = sheet.page.lines[-1][-len(row[1].split(" "))].box[:2], place[1]
             start = spans[0][0] + sheet.length(row[0]) + 4
@@ -439,9 +441,9 @@ def wild_table(sheet):
     count = rng.choice([2, 2, 3, 3, 4, 5])
     columns = sheet.names(COLUMNS, MORE_COLUMNS, count=count)
     kinds = [rng.choice([random_price, random_short, random_short, wild_short]) for _ in columns]
-    corner = "Item" if names is ITEMS and sheet.case == "natural" and wild_short not in kinds \
-        else rng.choice(["", *CORNERS])
     cells = [[kind(rng) for kind in kinds] for _ in items]
+    one_word = not any(" " in text for texts in (items, columns, *cells) for text in texts)
+    corner = "Item" if one_word and sheet.chance(0.5) else rng.choice(["", *CORNERS])  # as in hints
     for count in range(len(columns), 0, -1):
         rows = [[corner, *map(sheet.cased, columns[:count])]] + [
             [sheet.cased(item), *row[:count]] for item, row in zip(items, cells)]
