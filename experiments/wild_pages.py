@@ -347,7 +347,7 @@ def wild_pairs(sheet, count):
             done = int(drawn * per_row) if layout == "two" else drawn // 2 * side
             return ask(sheet, pairs[:done])
         layout = "column"
-    if layout == "after":
+    if layout == "after" and sheet.colon:
         for (key, value), pair in zip(texts, pairs):
             x0, _, x1, _ = sheet.area
             if not put(sheet, [(key + " " + value, x0 + 3, x1, "left")]):
@@ -579,7 +579,7 @@ def wild_page(rng, kind, width, height, max_rows, wear, file):
     mixed = tuple((a + 2 * b) // 3 for a, b in zip(ground, ink))
     sheet = Sheet(page, ImageDraw.Draw(page.image), rng, file, size, ink, ground,
                   [2, 1, width - 3, height - 2], max_rows or 99, extra=rng.randint(2, 12),
-                  space=rng.uniform(1.0, 1.5), as_printed=rng.random() < 0.75,
+                  space=rng.choice([1.0, rng.uniform(1.0, 1.5)]), as_printed=rng.random() < 0.75,
                   case=rng.choice(["natural"] * 5 + ["upper"] * 3 + ["lower"]),
                   colon=rng.choice([":", ":", ""]), rule=rng.choice(RULES),
                   faint=rng.choice([ink, mixed]))
