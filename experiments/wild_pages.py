@@ -92,7 +92,7 @@ Height limit: {s}.~ m|Parking for {w} only|Terms & conditions apply.|{S} St. {n}
 Platform {s} (track {n})|Gate closes at {H}:{i}.|Next stop: {S} St.
 """.replace("\n", "").split("|")
 VALUES = """{Y}-{m}-{d}|{d}.{m}.{Y}|{m}/{d}/{y}|{d} {M} {Y}|{M} {d}, {Y}|{w}@{w}.com|
-{f}.{w}@{w}.org|+~~ ~~ ~~~~~~~|~~~-~~~~|(~~~) ~~~-~~~~|{t}|{p}|{p}|~,~~~.~~|${p}|$~,~~~.~~|
+{f}.{w}@{w}.org|+~~ ~~ ~~~~~~~|~~~-~~~~|(~~~) ~~~-~~~~|{t}|{p}|{p}|{s},~~~.~~|${p}|${s},~~~.~~|
 EUR {p}|{p} EUR|USD ~~~.~~|-{p}|{s}.~ kg|~~~ g|~~~ ml|{s} cm|{n} mm|{n} x {n} cm|{s}.~ l|{n} km/h|
 ~~ C|{n} W|~~~ V|{n}%|{s}.~%|{H}:{i}|{s}:{i} pm|{s}:{i} am|{H}:{i} - {h}:{i}|^~~~|^-~~~~|
 ^^^/{Y}/~~|#~~~~|^^~~ ~~~|^^-~~^|~~~~-~~~~-~~~~|~~~~~~~~|~~~|~~|~|{n} {S} St.|{S} Road {n}|
@@ -300,9 +300,11 @@ def put_grid(sheet, rows, aligns, header=False, sums=0, boxed=False, plain=False
         if plain and i % 2:
             sheet.area[1] += between
         if leader:
-            (a, b), middle = sheet.page.lines[-1][-len(row[1].split(" "))].box[:2], place[1]
-            start = spans[0][0] + sheet.length(row[0]) + 4
-            draw_rule(sheet, start, a - 4, middle - sheet.extra // 2 - sheet.size // 5, "dotted")
+            value = sheet.page.lines[-1][-len(row[1].split(" "))]
+            start, end = spans[0][0] + sheet.length(row[0]) + 4, value.box[0] - 4
+            if aligns[0] == "left" and end - start > 24:
+                base = place[1] - sheet.extra // 2 - sheet.size // 5
+                draw_rule(sheet, start, end, base, "dotted")
         if boxes:
             sheet.draw.rectangle((spans[-1][0] - 3, place[0] + 1, x1, place[1] - 1),
                                  outline=sheet.faint)
@@ -578,7 +580,7 @@ def wild_page(rng, kind, width, height, max_rows, wear, file):
         size = rng.randint(16, max(16, min(32, height // 4, width // 8)))
     mixed = tuple((a + 2 * b) // 3 for a, b in zip(ground, ink))
     sheet = Sheet(page, ImageDraw.Draw(page.image), rng, file, size, ink, ground,
-                  [2, 1, width - 3, height - 2], max_rows or 99, extra=rng.randint(2, 12),
+                  [2, 1, width - 3, height - 2], max_rows or 99, extra=rng.randint(3, 12),
                   space=rng.choice([1.0, rng.uniform(1.0, 1.5)]), as_printed=rng.random() < 0.75,
                   case=rng.choice(["natural"] * 5 + ["upper"] * 3 + ["lower"]),
                   colon=rng.choice([":", ":", ""]), rule=rng.choice(RULES),
