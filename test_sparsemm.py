@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import socket
@@ -21,7 +20,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path

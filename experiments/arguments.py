@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from cache import OneLineParser                                          # for pages.py
 from model_llava import find_device
 from sparsemm import DEFAULT_MODEL, check_output
 

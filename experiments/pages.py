@@ -378,6 +378,11 @@ def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0
                                ink, 1.0, True)[0]]
     if kind == "shapes" and height - text_height > 24:
         page.objects = draw_shapes(rng, draw, width, text_height, height)
+    return worn(rng, page, background, noise, wear)
+
+
+def worn(rng, page, background, noise, wear):
+    """The page turned, with noise and JPEG artefacts, as render_page says."""
     if rng.random() < wear:
         rotate(page, rng.uniform(-1.5, 1.5), background)
     if noise:
@@ -422,19 +427,21 @@ def draw_row(draw, row, font, y, margin, column, width, ink, space, may_break):
             x += length + gap
         if full:
             break
-    line = []
-    for word, x in placed:
-        draw.text((x, y), word, font=font, fill=ink)
-        edges = [font.getlength(word[:i]) for i in range(len(word) + 1)]
-        line.append(Word(word, tuple(draw.textbbox((x, y), word, font=font)),
-                         tuple((x + (a + b) / 2, y + 0.62 * font.size)
-                               for a, b in zip(edges, edges[1:]))))
+    line = [draw_word(draw, word, x, y, font, ink) for word, x in placed]
     return line, bool(line)
+
+
+def draw_word(draw, word, x, y, font, ink):
+    draw.text((x, y), word, font=font, fill=ink)
+    edges = [font.getlength(word[:i]) for i in range(len(word) + 1)]
+    return Word(word, tuple(draw.textbbox((x, y), word, font=font)),
+                tuple((x + (a + b) / 2, y + 0.62 * font.size) for a, b in zip(edges, edges[1:])))
 
 
 def main(argv=None):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from experiments.arguments import OneLineParser, png_file, share, whole_number
+    from cache import OneLineParser
+    from experiments.arguments import png_file, share, whole_number
     parser = OneLineParser(prog="pages.py", description="Render one page.")
     parser.add_argument("--kind", choices=KINDS + TRAINING_KINDS, default="receipt")
     parser.add_argument("--width", type=whole_number(32), default=256)
