@@ -1,6 +1,7 @@
 """How fast? Measured on this machine, next to what others do and to what the machine allows.
 
     python experiments/bench.py decode [--geometry vicuna-7b ...] [--lengths 8192 ...]
+    python experiments/bench.py profile [--geometry vicuna-7b ...] [--lengths 16384]
     python experiments/bench.py attention [--num 10]
     python experiments/bench.py scoring [--model DIR ... | --geometry vicuna-7b ...] [--num 10]
     python experiments/bench.py command [--num 5]                         `python sparsemm.py`, cold
@@ -19,6 +20,8 @@ and values, compressed, and extended by one token a step. Beside it:
 Head scores are as concentrated as the published ones of LLaVA: the top 5 % of heads hold 55 %.
 Methods are measured in turn, round by round, in one process; times are medians over all rounds.
 `--prefill` measures prefill, too, what compression adds to it, and the peak of memory.
+
+`profile` says where a decoding step with sparsemm spends its time: the ten kernels that take most.
 
 `attention` measures decode_attention alone, the views of the cache included, on one thread: layers
 in which few heads hold most of the entries, 32 of them in turn, so that they come from memory.
@@ -44,6 +47,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM,
                           LlavaNextConfig, LlavaNextForConditionalGeneration,
@@ -266,6 +270,39 @@ def decode_table(results):
             peak = f", peak {what['peak_bytes'] / 2 ** 30:.2f} GiB" if what["peak_bytes"] else ""
             lines.append(f"\n{result['geometry']}, {result['length']} tokens, {method}: prefill "
                          f"{what['seconds']:.2f} s{peak}")
+    return "\n".join(lines)
+
+
+# ---- where the time of a step goes ---------------------------------------------------------------
+
+def bench_profile(name, length, args, steps=5, rows=10):
+    """The kernels that take most of a decoding step with sparsemm at the first of the budgets."""
+    model, _ = random_model(GEOMETRIES[name][0](), args)
+    c, on_cpu = model.config, args.device.type == "cpu"
+    with torch.inference_mode():
+        cache = filled_cache(c, "sparsemm", args.budgets[0],
+                             concentrated_scores(c.layers, c.heads, args.seed), length, args)
+        step = OurStep(model, cache, length)
+        for _ in range(3):
+            step.next_token()
+        activity = ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA
+        with profile(activities=[activity]) as profiled:
+            for _ in range(steps):
+                step.next_token()
+    spent = {event.key: (event.self_cpu_time_total if on_cpu else event.self_device_time_total)
+             for event in profiled.key_averages()}
+    calls = {event.key: event.count for event in profiled.key_averages()}
+    most = sorted(spent, key=spent.get, reverse=True)[:rows]
+    return dict(geometry=name, length=length, ms=sum(spent.values()) / steps / 1000, rows=[
+        dict(kernel=key, ms=spent[key] / steps / 1000, calls=calls[key] / steps) for key in most])
+
+
+def profile_table(results):
+    lines = ["| geometry | prompt | kernel | calls a step | ms a step | share |",
+             "|---" * 6 + "|"]
+    lines += [f"| {r['geometry']} | {r['length']} | {row['kernel'][:60]} | {row['calls']:.0f} "
+              f"| {row['ms']:.3f} | {row['ms'] / r['ms']:.0%} |" for r in results
+              for row in r["rows"]]
     return "\n".join(lines)
 
 
@@ -495,6 +532,10 @@ def measure(args, dtypes):
         names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:3])
         results = [bench_decode(name, length, args) for name in names for length in args.lengths]
         return results, decode_table(results)
+    if args.part == "profile":
+        names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:1])
+        results = [bench_profile(name, length, args) for name in names for length in args.lengths]
+        return results, profile_table(results)
     if args.part == "attention":
         torch.set_num_threads(1)
         with torch.inference_mode():
@@ -512,7 +553,7 @@ def measure(args, dtypes):
 def parse_arguments(argv):
     parser = OneLineParser(prog="bench.py", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["decode", "attention", "scoring", "command"])
+    parser.add_argument("part", choices=["decode", "profile", "attention", "scoring", "command"])
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
                         help="decode: default the 7B ones on CUDA, small-mha on a CPU; scoring: "
                              "those of LLaVA-NeXT, with random weights, instead of --model")
