@@ -29,7 +29,6 @@ import json
 import math
 import os
 import re
-import stat
 import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -76,25 +75,22 @@ def allocate_budgets(head_scores, budget, length, window=32, rho=0.1, redistribu
 
 
 def check_allocation(head_scores, budget, length, window, rho):
-    """Checks the arguments of allocate_budgets. Returns s (L, G) float64, and T (L, G) int64."""
+    """The arguments of allocate_budgets, checked: s (L, G) float64 and T (L, G) int64."""
     check_settings(budget, window, rho)
     s = torch.as_tensor(head_scores, dtype=torch.float64)
-    if s.dim() != 2 or not torch.isfinite(s).all() or (s < 0).any() or s.sum() <= 0:
-        raise ValueError("head scores must be (layers, KV heads), finite, >= 0 and not all zero")
+    require(s.dim() == 2 and torch.isfinite(s).all() and (s >= 0).all() and s.sum() > 0,
+            "head scores must be (layers, KV heads), finite, >= 0 and not all zero")
     T = torch.as_tensor(length, dtype=torch.int64).reshape(-1, 1)
-    if T.numel() not in (1, s.shape[0]) or (T < 1).any():
-        raise ValueError(f"length must be one integer >= 1 or {s.shape[0]} of them, not {length}")
+    require(T.numel() in (1, len(s)) and (T >= 1).all(),
+            f"length must be one integer >= 1 or {len(s)} of them, not {length}")
     return s / s.max(), T.expand_as(s).clone()                  # so that no sum of them overflows
 
 
 def check_settings(budget, window, rho):
     """Raises ValueError unless 1 <= window <= budget and 0 <= rho <= 1."""
-    if window < 1:
-        raise ValueError(f"window must be at least 1, not {window}")
-    if budget < window:
-        raise ValueError(f"budget must be at least the window of {window} entries, not {budget}")
-    if not 0 <= rho <= 1:
-        raise ValueError(f"rho must be between 0 and 1, not {rho}")
+    require(window >= 1, f"window must be at least 1, not {window}")
+    require(budget >= window, f"budget must be at least the window of {window}, not {budget}")
+    require(0 <= rho <= 1, f"rho must be between 0 and 1, not {rho}")
 
 
 def pour_surplus(b, caps, s):
@@ -351,13 +347,11 @@ def make_method(name, L, G, length, budget=256, window=32, rho=0.1, redistribute
     shuffled need them. All methods spend the same total, and a prompt that fits the budget is kept
     whole by every one. Raises ValueError for bad arguments.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    require(name in METHODS, f"method must be one of {', '.join(METHODS)}, not {name!r}")
     check_settings(budget, window, rho)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
-    if name in NEEDS_HEAD_SCORES and head_scores is None:
-        raise ValueError(f"method {name} needs visual head scores")
+    require(0 <= seed < 2**63, f"seed must be between 0 and 2**63 - 1, not {seed}")
+    require(name not in NEEDS_HEAD_SCORES or head_scores is not None,
+            f"method {name} needs visual head scores")
     T = torch.as_tensor(length).expand(L)
     if name == "full" or T.max() <= max(budget, window):
         return Method(lambda layer, a: T[layer].expand(G), recency)
@@ -439,30 +433,30 @@ def read_head_scores(path, L=None, H=None):
     non-empty list of finite numbers >= 0, not all of them zero.
     """
     table = read_json(path, "scores")
-    if not isinstance(table, dict) or not all(re.fullmatch(r"\d{1,4}-\d{1,4}", k) for k in table):
-        raise ValueError(f'scores {path}: not an object {{"layer-head": [numbers]}}')
+    require(isinstance(table, dict) and all(re.fullmatch(r"\d{1,4}-\d{1,4}", k) for k in table),
+            f'scores {path}: not an object {{"layer-head": [numbers]}}')
     if L is None:
         L, H = (1 + max(map(int, n)) for n in zip((0, 0), *(key.split("-") for key in table)))
     expected = [f"{l}-{h}" for l in range(L) for h in range(H)]
-    if wrong := sorted(table.keys() - set(expected)):
-        raise ValueError(f"scores {path}: {wrong[0]!r} is none of the {L} layers x {H} heads")
-    if missing := [key for key in expected if key not in table]:
-        raise ValueError(f"scores {path}: {missing[0]!r} is missing; there are {L} layers x {H} "
-                         "heads")
-    for key in expected:
-        if not (isinstance(table[key], list) and table[key] and all(map(is_score, table[key]))):
-            raise ValueError(f"scores {path}: {key!r} must be a non-empty list of numbers >= 0")
+    wrong = sorted(table.keys() ^ set(expected))
+    require(not wrong, f"scores {path}: {' '.join(wrong[:1])} is missing, or one too many, of "
+                       f"{L} layers x {H} heads")
+    for key, numbers in table.items():
+        require(isinstance(numbers, list) and numbers and
+                all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers),
+                f"scores {path}: {key!r} must be a non-empty list of numbers >= 0")
     s = torch.tensor([sum(table[key]) / len(table[key]) for key in expected], dtype=torch.float64)
-    if not 0 < s.sum() < math.inf:
-        raise ValueError(f"scores {path}: the scores are all zero, or too large to add up")
+    require(0 < s.sum() < math.inf, f"scores {path}: all zero, or too large to add up")
     return (s / s.sum()).view(L, H)
 
 
-def is_score(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
-
-
 # ---- what all scripts read, say and refuse -------------------------------------------------------
+
+def require(truth, message):
+    """Raises ValueError unless it is true."""
+    if not truth:
+        raise ValueError(message)
+
 
 def read_json(path, what, limit=2**30):
     """The content of a JSON file, with or without a byte order mark. Raises ValueError, in one line
@@ -474,8 +468,7 @@ def read_json(path, what, limit=2**30):
         return dict(pairs)
 
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > limit:
+        if os.path.getsize(path) > limit or not os.path.isfile(path):
             raise OSError(0, f"not a regular file of at most {limit:,} bytes")
         return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
@@ -489,8 +482,8 @@ def inside(folder, name):
     elsewhere. (The hub's snapshots are links to files beside them.)"""
     path, home = Path(folder) / name, Path(os.path.realpath(folder))
     home = home.parents[1] if home.parent.name == "snapshots" else home
-    if not Path(os.path.realpath(path)).is_relative_to(home):
-        raise ValueError(f"{name} leads out of the folder {folder}")
+    require(Path(os.path.realpath(path)).is_relative_to(home),
+            f"{name} leads out of the folder {folder}")
     return path
 
 
@@ -520,20 +513,16 @@ class OneLineParser(argparse.ArgumentParser):
                 print(end="", flush=True)
         except KeyboardInterrupt as stop:
             self.exit(130, f"{self.prog}: {stop.args[0] if stop.args else 'stopped'}\n")
-        except OSError as error:
-            try:
-                print(end="", flush=True)
-            except OSError:                        # nobody reads on, or the disk is full: what is
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # left is dropped
-            if isinstance(error, BrokenPipeError):
-                self.exit(141)                                   # as of a command that SIGPIPE ends
-            self.error(error)
-        except (ValueError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+        except BrokenPipeError:                                             # nobody reads on
+            sys.stdout = None
+            self.exit(141)                                   # as of a command that SIGPIPE ends
+        except (ValueError, OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+            if isinstance(error, OSError):
+                sys.stdout = None                    # a full disk, maybe, which is not tried again
             self.error(str(error) or "too little memory")
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
 
 def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
     """Text: the three parts of the budget of the best, some middle and the worst heads of s (L, G),
@@ -544,26 +533,23 @@ def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
              f"{kept.sum():,} of {N * length:,} entries kept",
              "  # window (last positions)    = uniform    + by visual score"]
     order = s.flatten().argsort(descending=True, stable=True).tolist()
-    places = [*range(rows), *range(max(rows, N // 2), N // 2 + rows), *range(N - rows, N)]
-    before = -1
-    for place in sorted({p for p in places if 0 <= p < N}):
-        if place > before + 1:
-            lines.append("  ...")
-        before, i = place, order[place]
-        n = kept.flatten()[i].item()
-        w = min(window, n)
-        r = min(round(rho * (budget - window)), n - w)
-        bar = "".join(mark * max(part > 0, round(part * columns / kept.max().item()))
-                      for mark, part in (("#", w), ("=", r), ("+", n - w - r)))
-        lines.append(f"  layer {i // G:2d} head {i % G:2d}  score {s.flatten()[i]:6.2%}  {n:5d}  "
-                     f"{bar}")
-    return "\n".join(lines)
+    groups = [order[:rows], order[N // 2:N // 2 + rows], order[-rows:]] if N > 4 * rows else [order]
+    for group in groups:
+        for i in group:
+            n = kept.flatten()[i].item()
+            w = min(window, n)
+            r = min(round(rho * (budget - window)), n - w)
+            bar = "".join(mark * max(part > 0, round(part * columns / kept.max().item()))
+                          for mark, part in (("#", w), ("=", r), ("+", n - w - r)))
+            lines.append(f"  layer {i // G:2d} head {i % G:2d}  score {s.flatten()[i]:6.2%}  "
+                         f"{n:5d}  {bar}")
+        lines.append("  ...")
+    return "\n".join(lines[:-1])
 
 
 def main(argv=None):
     tiny = Path(__file__).parent / "tiny" / "qwen2-vl" / "visual_head_scores.json"
-    parser = OneLineParser(prog="cache.py",
-                           description="Draw the three parts of some heads' budgets.")
+    parser = OneLineParser("cache.py", description="Draw the three parts of some heads' budgets.")
     parser.add_argument("--scores", default=tiny, help="visual scores (default: tiny/qwen2-vl)")
     parser.add_argument("--kv-heads", type=int, help="default: 4 for tiny/, else all query heads")
     parser.add_argument("--budget", type=int, default=256)
@@ -575,8 +561,7 @@ def main(argv=None):
         head_scores = read_head_scores(args.scores)
         H = head_scores.shape[1]
         G = (4 if args.scores == tiny else H) if args.kv_heads is None else args.kv_heads
-        if G < 1 or H % G:
-            raise ValueError(f"--kv-heads must divide the {H} query heads, not {G}")
+        require(G >= 1 and H % G == 0, f"--kv-heads must divide the {H} query heads, not {G}")
         s = kv_head_scores(head_scores, G)
         print(draw_budgets(s, args.budget, args.length, args.window, args.rho))
 

@@ -21,8 +21,8 @@ tokens:
 
 Every image token knows which rectangle of the original image it shows (ImageTokens.boxes). Tensors
 have the names that the checkpoints give them, but for the products that are joined into one
-(JOINED). transformers supplies the tokenizer, the image
-processor and the config classes; no part of its models is used.
+(JOINED). transformers supplies the tokenizer, the image processor and the config classes; no part
+of its models is used.
 
 Letters: L layers, H query heads, G KV heads, T tokens, D head size, E width of the decoder, V width
 of the vision tower, P its patches (CLIP: of one tile), S side of a tile in pixels.
@@ -42,7 +42,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cache import inside, note, read_json
+from cache import inside, note, read_json, require
 
 THUMBNAIL, GRID, NEWLINE = 0, 1, 2          # the kinds of image tokens; Qwen2-VL has only GRID
 MLP_SLICE = 4096                            # how many tokens of a prompt go through an MLP at once
@@ -78,15 +78,14 @@ class Config:
     pinpoints: tuple = ()           # the (height, width) that an image may be fitted to
 
 
-VICUNA_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}USER: \
-{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% endif %}{% endfor %}\
-{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }} {% endif %}\
-{% endfor %}{% else %}ASSISTANT: {{ message.content[0].text }}</s>{% endif %}{% endfor %}\
+# Images come before the text (Processor.render).
+LLAVA_PARTS = """{% for part in message.content %}\
+{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }} {% endif %}{% endfor %}"""
+VICUNA_TEMPLATE = "{% for message in messages %}{% if message.role == 'user' %}USER: " + \
+    LLAVA_PARTS + """{% else %}ASSISTANT: {{ message.content[0].text }}</s>{% endif %}{% endfor %}\
 {% if add_generation_prompt %}ASSISTANT:{% endif %}"""
-MISTRAL_TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}[INST] \
-{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% endif %}{% endfor %}\
-{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }} {% endif %}\
-{% endfor %}[/INST]{% else %} {{ message.content[0].text }}</s>{% endif %}{% endfor %}"""
+MISTRAL_TEMPLATE = "{% for message in messages %}{% if message.role == 'user' %}[INST] " + \
+    LLAVA_PARTS + "[/INST]{% else %} {{ message.content[0].text }}</s>{% endif %}{% endfor %}"
 QWEN_TEMPLATE = """<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n\
 {% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}\
 {% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
@@ -99,16 +98,14 @@ def read_config(folder):
 
     transformers' config classes know the defaults that a file leaves out."""
     from transformers import CONFIG_MAPPING
-    if not (path := Path(folder) / "config.json").exists():
-        raise ValueError(f"model {folder}: no config.json in it; {contents(folder)}")
+    path = Path(folder) / "config.json"
+    require(path.exists(), f"model {folder}: no config.json in it; {contents(folder)}")
     raw = read_json(path, "model")
     family = str(raw.get("model_type")) if isinstance(raw, dict) else "of no object"
-    if family not in MODELS:
-        raise ValueError(f"model {folder}: model_type {family} in config.json is not one of "
-                         f"{', '.join(MODELS)}")
-    if raw.get("quantization_config"):
-        raise ValueError(f"model {folder}: quantized checkpoints are not built here (config.json "
-                         "has a quantization_config)")
+    require(family in MODELS, f"model {folder}: model_type {family} in config.json is not one of "
+                              f"{', '.join(MODELS)}")
+    require(not raw.get("quantization_config"), f"model {folder}: quantized checkpoints are not "
+                                                "built here (quantization_config in config.json)")
     try:
         return convert_config(CONFIG_MAPPING[family].from_dict(raw), family)
     except Exception as error:                    # the config classes raise types of their own
@@ -126,18 +123,15 @@ def contents(folder):
 def convert_config(c, family):
     """transformers' config object -> Config. Raises ValueError for what is not built here."""
     text, vision, rope = c.text_config, c.vision_config, c.text_config.rope_parameters
-    for what, value, right in (
-            ("text model_type", text.model_type, ("llama", "mistral", "qwen2_vl_text")),
-            ("text hidden_act", text.hidden_act, ("silu",)),
-            ("rope_type", rope["rope_type"], ("default",)),
-            ("attention_bias", getattr(text, "attention_bias", False), (False,)),
-            ("vision hidden_act", vision.hidden_act, ("quick_gelu",)),
-            ("projector_hidden_act", getattr(c, "projector_hidden_act", "gelu"), ("gelu",)),
-            ("vision_feature_layer", type(getattr(c, "vision_feature_layer", 0)).__name__,
-             ("int",))):
-        if value not in right:
-            raise ValueError(f"{what} {value} is not built here, only "
-                             f"{' or '.join(map(str, right))}")
+    for what, value, *right in (
+            ("text model_type", text.model_type, "llama", "mistral", "qwen2_vl_text"),
+            ("text hidden_act", text.hidden_act, "silu"),
+            ("rope_type", rope["rope_type"], "default"),
+            ("attention_bias", getattr(text, "attention_bias", False), False),
+            ("vision hidden_act", vision.hidden_act, "quick_gelu"),
+            ("projector_hidden_act", getattr(c, "projector_hidden_act", "gelu"), "gelu"),
+            ("vision_feature_layer", type(getattr(c, "vision_feature_layer", 0)).__name__, "int")):
+        require(value in right, f"{what} {value} is not built here, only {right}")
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     shared = dict(
         family=family, layers=text.num_hidden_layers, heads=text.num_attention_heads,
@@ -220,11 +214,6 @@ def no_cache(layer, q, k, v):
     return prefill_attention(q, k, v)
 
 
-def add_linear(x, y, linear):
-    """x + linear(y), for a linear layer without bias, in one kernel. x: (T, E); y: (T, n)."""
-    return torch.addmm(x, y, linear.weight.T)
-
-
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -264,12 +253,12 @@ class DecoderLayer(nn.Module):
 
     def add_attention(self, x, cos, sin, layer, attend):                        # (T, E) -> (T, E)
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
-        mixed = attend(layer, q, k, v)                                                  # (H, T, D)
-        return add_linear(x, mixed.transpose(0, 1).flatten(1), self.self_attn.o_proj)
+        mixed = attend(layer, q, k, v).transpose(0, 1).flatten(1)            # (H, T, D) -> (T, H*D)
+        return torch.addmm(x, mixed, self.self_attn.o_proj.weight.T)           # x + o_proj(mixed)
 
     def add_mlp(self, x):                                                       # (T, E) -> (T, E)
         gate, up = self.mlp.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
-        return add_linear(x, F.silu(gate) * up, self.mlp.down_proj)
+        return torch.addmm(x, F.silu(gate) * up, self.mlp.down_proj.weight.T)
 
 
 class Decoder(nn.Module):
@@ -374,9 +363,9 @@ class VisionLanguageModel(nn.Module):
     def check_length(self, T, new):
         """Raises ValueError if a prompt's T tokens and `new` ones are more than attention spans,
         and notes if they are more than the model was trained on."""
-        if T + new > self.config.max_tokens:
-            raise ValueError(f"prompt of {T} tokens and {new} new ones exceed the sliding window "
-                             f"of {self.config.max_tokens}, which is not built here")
+        require(T + new <= self.config.max_tokens,
+                f"prompt of {T} tokens and {new} new ones exceed the sliding window of "
+                f"{self.config.max_tokens}, which is not built here")
         if T + new > self.config.trained_tokens:
             note("a prompt with its answer may be longer than the "
                  f"{self.config.trained_tokens:,} tokens that the model was trained on; what "
@@ -669,15 +658,12 @@ def find_device(name):
     if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r}: auto, cpu, cuda or cuda:N is right")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not among the {torch.cuda.device_count()} CUDA "
-                         "devices that PyTorch finds; cpu or auto is right")
+    require(re.fullmatch(r"cpu|cuda(:\d+)?", name),
+            f"device {name!r}: auto, cpu, cuda or cuda:N is right")
+    device = torch.device(name)
+    require(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(),
+            f"device {name!r} is none of the {torch.cuda.device_count()} CUDA devices that PyTorch "
+            "finds; cpu or auto is right")
     return device
 
 
@@ -708,26 +694,26 @@ def find_folder(name):
     before the weights come. Raises ValueError after 15 seconds in which the hub says nothing."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
-        raise ValueError(f"model {name}: no such folder; a checkpoint's folder or a hub id such as "
-                         "llava-hf/llava-v1.6-mistral-7b-hf is right")
+    require(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)),
+            f"model {name}: no such folder; a checkpoint's folder or a hub id such as "
+            "llava-hf/llava-v1.6-mistral-7b-hf is right")
     from huggingface_hub import HfApi, snapshot_download
     note(f"model {name}: no such folder; asking the hub for it")
     try:
-        source = dict(revision=HfApi().model_info(name, timeout=15).sha)
+        source, reason = dict(revision=HfApi().model_info(name, timeout=15).sha), None
     except Exception as error:          # no network, no such repository, no access: many types
-        source, refusal = dict(local_files_only=True), type(error).__name__      # but maybe cached
-    folder, small = None, ["*.json", "*.jinja", "*.model", "*.txt"]
-    for wanted in (small, [*small, "*.safetensors"]):
-        if folder:
-            read_config(folder)
+        source, reason = dict(local_files_only=True), type(error).__name__       # but maybe cached
+
+    def download(*patterns):
         try:
-            folder = Path(snapshot_download(name, allow_patterns=wanted, **source))
+            return Path(snapshot_download(name, allow_patterns=patterns, **source))
         except Exception as error:
-            reason = refusal if "revision" not in source else type(error).__name__
             raise ValueError(f"model {name}: neither a local folder nor to be had from the hub "
-                             f"({reason})") from None
-    return folder
+                             f"({reason or type(error).__name__})") from None
+
+    small = "*.json", "*.jinja", "*.model", "*.txt"
+    read_config(download(*small))
+    return download(*small, "*.safetensors")
 
 
 def hub_name(key, family):
@@ -754,26 +740,25 @@ def copy_weights(model, tensors, folder):
     """Fills the model. tensors: pairs of (name, tensor), one at a time; folder: for messages.
     Raises ValueError that names the first missing, surplus or misshapen tensor."""
     c, parts, filled = model.config, published_tensors(model), set()
-    embedding = model.decoder.embed_tokens.weight
+    embedding, output = model.decoder.embed_tokens.weight, {}
+    if c.tied:                                           # a file may hold the same tensor twice
+        output = {"language_model." * (c.family == "llava_next") + "lm_head.weight":
+                  torch.zeros_like(embedding)}
     for key, tensor in tensors:
         if OLD_BUFFERS.search(key):
             continue
         name = hub_name(key, c.family)
-        tied = c.tied and name.removeprefix("language_model.") == "lm_head.weight"
-        part = torch.empty_like(embedding) if tied else parts.get(name)   # a file may hold it twice
-        if part is None or name in filled:
-            raise ValueError(f"model {folder}: surplus tensor {key}")
-        if tensor.shape != part.shape:
-            raise ValueError(f"model {folder}: tensor {key} has shape {list(tensor.shape)}, should "
-                             f"have {list(part.shape)}")
+        part = parts.get(name, output.get(name))
+        require(part is not None and name not in filled, f"model {folder}: surplus tensor {key}")
+        require(tensor.shape == part.shape, f"model {folder}: tensor {key} has shape "
+                f"{list(tensor.shape)}, not {list(part.shape)}")
         part.copy_(tensor)
         filled.add(name)
-        if tied:
-            output, output_key = part, key
-    if missing := sorted(parts.keys() - filled):
-        raise ValueError(f"model {folder}: {len(missing)} tensors missing, {missing[0]} first")
-    if filled - parts.keys() and not torch.equal(output, embedding):
-        raise ValueError(f"model {folder}: {output_key} is not the input embedding it is tied to")
+    missing = sorted(parts.keys() - filled)
+    require(not missing, f"model {folder}: {len(missing)} tensors missing: {' '.join(missing[:1])}")
+    for name in output.keys() & filled:
+        require(torch.equal(output[name], embedding),
+                f"model {folder}: {name} is not the input embedding it is tied to")
 
 
 def read_tensors(folder):
@@ -791,9 +776,8 @@ def weight_files(folder):
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
     index, only = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists():
-        if not only.exists():
-            raise ValueError(f"model {folder}: no model.safetensors in it, nor an index of several;"
-                             f" {contents(folder)}")
+        require(only.exists(), f"model {folder}: no model.safetensors in it, nor an index of "
+                               f"several; {contents(folder)}")
         return [only]
     match read_json(index, "model"):
         case {"weight_map": dict(names)} if all(isinstance(x, str) for x in names.values()):
@@ -840,9 +824,8 @@ class Processor:
 
     def read_end_tokens(self, folder):
         """The ids that end an answer; generation_config.json may name several."""
-        path, end = folder / "generation_config.json", None
-        if path.exists():
-            end = read_json(path, "model").get("eos_token_id")
+        path = folder / "generation_config.json"
+        end = read_json(path, "model").get("eos_token_id") if path.exists() else None
         if end is None:
             end = self.tokenizer.eos_token_id
         return set(end) if isinstance(end, list) else {end}
@@ -872,53 +855,50 @@ class Processor:
         it does not reach the model as it stands there."""
         text.encode()                                      # an error for bytes that are not UTF-8
         ids = self.tokenizer(self.render(num_images, [text])).input_ids
-        if ids.count(self.image_token) != num_images:
-            raise ValueError(f"prompt {text!r} contains {self.tokenizer.decode([self.image_token])}"
-                             ", which stands for an image; a question without it is right")
-        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values()
-                   if token.special and str(token) in text]
-        if special:
-            note(f"prompt: {' '.join(special)} is no text to this model, but a special token")
-        if unknown := list(filter(self.is_unknown, dict.fromkeys(text))):
-            ascii_only = all(map(str.isascii, self.tokenizer.get_vocab()))
-            note(f"prompt: the tokenizer does not know {' '.join(map(repr, unknown))}"
-                 + "; this model knows printable ASCII" * ascii_only)
+        require(ids.count(self.image_token) == num_images,
+                f"prompt {text!r} contains {self.tokenizer.decode([self.image_token])}, which "
+                "stands for an image; a question without it is right")
+        self.note_unreadable(text)
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             return ids[1:]                              # one from the template, one from tokenizing
         return ids
 
-    def is_unknown(self, character):
-        ids = self.tokenizer(character, add_special_tokens=False).input_ids
-        return not ids or self.tokenizer.unk_token_id in ids
+    def note_unreadable(self, text):
+        """Notes what of a text does not reach the model as it stands there."""
+        tokenizer = self.tokenizer
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values()
+                   if token.special and str(token) in text]
+        if special:
+            note(f"prompt: {' '.join(special)} is no text to this model, but a special token")
+        unk = tokenizer.unk_token_id
+        unknown = [c for c in dict.fromkeys(text)
+                   if unk in (tokenizer(c, add_special_tokens=False).input_ids or [unk])]
+        if unknown:
+            ascii_only = all(map(str.isascii, tokenizer.get_vocab()))
+            note(f"prompt: the tokenizer does not know {' '.join(map(repr, unknown))}"
+                 + "; this model knows printable ASCII" * ascii_only)
 
     def next_turn_ids(self, num_images, turns):
         """What the template puts between the last answer in turns, [question, answer, ...,
         question], and the next: token ids."""
         rendered, asked = self.render(num_images, turns), self.render(num_images, turns[:-2])
         answer = rendered.find(turns[-2], len(asked))
-        if answer < 0 or not rendered.startswith(asked):
-            raise ValueError("the model's chat template cannot go on after an answer; one --prompt "
-                             "is right")
+        require(answer >= 0 and rendered.startswith(asked),
+                "the model's chat template cannot go on after an answer; one --prompt is right")
         before = self.tokenizer(rendered[:answer + len(turns[-2])]).input_ids
         return self.tokenizer(rendered).input_ids[len(before):]
 
 
 def open_image(path):
     """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
-    if not Path(path).exists():
-        raise ValueError(f"--image {path}: no such file")
-    if not Path(path).is_file():
-        raise ValueError(f"--image {path}: not a file; a picture (PNG, JPEG, ...) is right")
+    require(Path(path).is_file(), f"--image {path}: no such file; a picture (PNG, ...) is right")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)      # says what is right
             with Image.open(path) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     note(f"--image {path}: {image.n_frames} frames; the first one is taken")
                 return to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"--image {path}: too large; at most {Image.MAX_IMAGE_PIXELS:,} pixels "
-                         "are right") from None
     except UnidentifiedImageError:
         raise ValueError(f"--image {path}: not a picture that Pillow can read") from None
     except Exception as error:           # Pillow's decoders raise what they please at damaged files
@@ -931,8 +911,7 @@ def to_rgb(image):
     if image.mode == "F" or image.mode.startswith("I"):
         top, image = 1 if image.mode == "F" else 65535, image.convert("F")
         low, high = image.getextrema()
-        if low < 0 or high > top:
-            raise ValueError(f"greys from {low} to {high}; 0 to {top} is right")
+        require(low >= 0 and high <= top, f"greys from {low} to {high}; 0 to {top} is right")
         return Image.merge("RGB", [image.point(lambda x: x * (255 / top) + 0.5).convert("L")] * 3)
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cache import OneLineParser, inside, read_head_scores, read_json
+from cache import OneLineParser, inside, read_head_scores, read_json, require
 from model_llava import GRID, load, open_image, prefill_attention, prepare, weight_files
 from sparsemm import SCORES_FILE, add_model_arguments, check_output, generate, write_json
 
@@ -96,9 +96,8 @@ def attention_peaks(model, prompt, ids):
 
     def attend(layer, q, k, v):                            # (H, P+n-1, D), (G, P+n-1, D), the same
         largest, places = attention_logits(q[:, P - 1:], k).max(-1)
-        if not torch.isfinite(largest).all():
-            raise ValueError(f"layer {layer}: attention logits are not finite in "
-                             f"{str(model.dtype).removeprefix('torch.')}")
+        require(torch.isfinite(largest).all(),
+                f"layer {layer}: attention logits are not finite in {model.dtype}")
         peaks.append(places.cpu())
         return prefill_attention(q, k, v)
 
@@ -162,8 +161,7 @@ class Annotated:
 
     def __init__(self, path, num):
         entries = read_json(path, "--data")
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(f"--data {path}: not a list of pages")
+        require(isinstance(entries, list) and entries, f"--data {path}: not a list of pages")
         self.folder, self.entries = Path(path).parent, entries[:num]
 
     def __len__(self):
@@ -177,8 +175,7 @@ class Annotated:
             words = []
             for chunk in entry["2_coord"]:
                 x, y = zip(*((float(x), float(y)) for x, y in chunk["coord"]))
-                if not all(map(math.isfinite, x + y)):
-                    raise ValueError(f"coordinates {chunk['coord']} are not finite")
+                require(all(map(math.isfinite, x + y)), f"{chunk['coord']} is not finite")
                 words.append((str(chunk["chunk"]), (min(x), min(y), max(x), max(y))))
             image = open_image(inside(self.folder, entry["image_name"]))
         except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
@@ -200,9 +197,8 @@ class Sets:
 
     def __getitem__(self, i):
         """(images, the words of each, transcript) of prompt i."""
-        first = i * self.size
-        images, words, texts = zip(*(self.pages[j] for j in range(
-            first, min(first + self.size, len(self.pages)))))
+        numbers = range(len(self.pages))[i * self.size:(i + 1) * self.size]
+        images, words, texts = zip(*(self.pages[j] for j in numbers))
         return images, words, "\n".join(texts)
 
 
@@ -238,39 +234,35 @@ class Progress:
     is written once is never written again, so that a run can be killed at any time."""
 
     def __init__(self, file, out, process, processes, settings, resume):
-        """file: of this process, for reading and appending, without a buffer. Raises ValueError if
-        another run holds it, if there are pages that would be lost, or pages of other settings."""
-        self.file, self.own = file, {}      # page number (text) -> {"scores": [L*H], "tokens", ...}
-        self.done = {}                      # the same of what any process had saved before
+        """file: of this process, for appending. Raises ValueError if another run holds it, if there
+        are pages that would be lost, or pages of other settings."""
+        self.file, self.done = file, {}     # page number (text) -> {"scores": [L*H], "tokens", ...}
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # ends with the process
         except BlockingIOError:
             raise ValueError(f"--out {out}: another run is at work on it") from None
         for number, path in part_files(out).items():
-            made_with, pages, whole = read_part(path)
-            if resume and made_with not in (None, settings):
-                raise ValueError(f"--resume: {path} was made with other settings, weights or data; "
-                                 "another --out, or to delete that file, is right")
-            if not resume and pages and (number == process or number >= processes):
-                raise ValueError(f"--out {out}: {len(pages)} pages are saved in {path}; --resume "
-                                 "goes on with them, another --out begins anew")
+            pages = read_part(path)
+            made_with = pages.pop("settings", settings)
             if resume:
+                require(made_with == settings,
+                        f"--resume: {path} was made with other settings, weights or data; another "
+                        "--out, or to delete that file, is right")
                 self.done |= pages
-            if number == process:
-                file.truncate(whole)        # but for a line that was cut
-                self.own = pages
-        if not self.own:
-            file.truncate(0)
-            self.write({"settings": settings})
+            else:                                     # others may have begun with their own shares
+                require(not pages or number < processes and number != process,
+                        f"--out {out}: {len(pages)} pages are saved in {path}; --resume goes on "
+                        "with them, another --out begins anew")
+        self.write({"settings": settings})
 
     def save(self, i, page):
-        self.own[str(i)] = page
+        self.done[str(i)] = page
         self.write({i: page})
 
     def write(self, content):
-        line = json.dumps(content).encode() + b"\n"
-        if self.file.write(line) < len(line):
-            raise OSError(f"{self.file.name}: no space left on the disk")
+        """A line begins with its line break, which also ends one that was cut."""
+        self.file.write("\n" + json.dumps(content))
+        self.file.flush()
 
 
 def part_files(out):
@@ -281,30 +273,26 @@ def part_files(out):
 
 
 def read_part(path):
-    """The settings and the pages in a file of a Progress, and how many of its bytes are whole
-    lines. Raises ValueError for a file of something else."""
-    try:
-        content = path.read_bytes()
-        if not b'{"settings": '.startswith(content[:13]):
-            raise ValueError
-        whole = content.rfind(b"\n") + 1
-        first, *lines = map(json.loads, content[:whole].splitlines() or ['{"settings": null}'])
-        return first["settings"], {i: page for line in lines for i, page in line.items()}, whole
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is not a file of ours; another --out is right") from None
+    """The lines of a Progress's file, as one dict. Raises ValueError for a file of another kind."""
+    content, lines = path.read_bytes(), {}
+    require(content.startswith(b'\n{"settings": ') or not content,
+            f"{path} is not a file of ours; another --out is right")
+    for line in content.splitlines():
+        try:
+            lines |= json.loads(line)
+        except ValueError:                                              # cut, or the empty first
+            continue
+    return lines
 
 
-def checksum(paths, piece=2**20, pieces=64):
-    """Of files: a checksum (text) of their names, sizes and contents. Of more than 64 MiB it takes
-    64 evenly spaced ones: to read all of 14 GB would take longer than many a run."""
+def checksum(paths):
+    """Of files: a checksum (text) of their names and contents."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(path.name.encode())
         with open(path, "rb") as file:
-            for start in range(0, size, max(piece, size // pieces)):
-                file.seek(start)
-                digest.update(file.read(piece))
+            while piece := file.read(2**24):
+                digest.update(piece)
     return digest.hexdigest()[:16]
 
 
@@ -321,11 +309,8 @@ def process_and_processes(args):
 
 
 def gather(own):
-    """What every process has, in order. They may come hours apart.
-
-    The process group lives no longer than that: where one is left when Python ends, its threads can
-    abort the process ("terminate called without an active exception").
-    """
+    """What every process has, in order. They may come hours apart. The process group lives no
+    longer than that: the threads of one that is left can abort Python's end."""
     if not dist.is_torchelastic_launched():
         return [own]
     dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -372,24 +357,21 @@ def argument_parser():
     parser = OneLineParser(
         prog="score_heads.py",
         description="Count how often each head looks at the text that is being written.")
-    source = parser.add_mutually_exclusive_group()
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="FILE", help="annotated pages: SynthDoG-detection's JSON")
     source.add_argument("--synthetic", default="all", metavar="KIND",
                         help="which pages to render if there is no --data (default all)")
-    parser.add_argument("--num", type=int, default=1000, help="pages (default 1000)")
-    parser.add_argument("--images", type=int, default=1, metavar="N",
-                        help="pages in one prompt, transcribed one after the other (default 1)")
-    parser.add_argument("--width", type=int, default=256, help="rendered page, pixels")
-    parser.add_argument("--height", type=int, default=384, help="(default 256 x 384)")
-    parser.add_argument("--transcript", choices=("model", "truth"), default="model",
-                        help="whose transcript is forced (default: the model's own)")
-    parser.add_argument("--match", choices=tuple(MATCHES), default="aligned",
-                        help="which tokens count (default: all that can be aligned with a box)")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help=f"default: {SCORES_FILE} in the model's folder")
-    parser.add_argument("--heatmap", type=Path, metavar="PNG",
-                        help="also draw a layer x head map")
-    parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
+    add("--num", type=int, default=1000, help="pages (default 1000)")
+    add("--images", type=int, default=1, metavar="N", help="pages in one prompt (default 1)")
+    add("--width", type=int, default=256, help="rendered page, pixels")
+    add("--height", type=int, default=384, help="(default 256 x 384)")
+    add("--transcript", choices=("model", "truth"), default="model",
+        help="whose transcript is forced (default: the model's own)")
+    add("--match", choices=tuple(MATCHES), default="aligned",
+        help="which tokens count (default: all that can be aligned with a box)")
+    add("--out", type=Path, metavar="FILE", help=f"default: {SCORES_FILE} in the model's folder")
+    add("--heatmap", type=Path, metavar="PNG", help="also draw a layer x head map")
+    add("--resume", action="store_true", help="go on where a run was stopped")
     add_model_arguments(parser)
     return parser
 
@@ -400,8 +382,7 @@ def find_pages(args):
     for option, value, least, most in (
             ("--num", args.num, 1, 10**9), ("--images", args.images, 1, 1000),
             ("--width", args.width, 32, 4096), ("--height", args.height, 32, 4096)):
-        if not least <= value <= most:
-            raise ValueError(f"{option}: {value} is not between {least} and {most}")
+        require(least <= value <= most, f"{option}: {value} is not between {least} and {most}")
     if args.data is not None:
         return Annotated(args.data, args.num), None
     try:
@@ -409,8 +390,8 @@ def find_pages(args):
         from experiments.sources import Rendered
     except ImportError as error:
         raise ValueError(f"--data: is needed, since there is no page renderer ({error})") from None
-    if args.synthetic not in ("all", *KINDS):
-        raise ValueError(f"--synthetic: {args.synthetic!r} is not one of all, {', '.join(KINDS)}")
+    require(args.synthetic in ("all", *KINDS),
+            f"--synthetic: {args.synthetic!r} is not one of all, {', '.join(KINDS)}")
     kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
     return Rendered(kinds, args.seed, (args.width, args.height), args.num), kinds
 
@@ -419,7 +400,7 @@ def score(args):
     """What the command does."""
     if args.heatmap is not None:
         check_output(args.heatmap, "--heatmap", ".png", inputs=(args.data, args.out))
-    if args.out is not None:
+    if args.out is not None:                                        # before any work is done
         check_output(args.out, "--out", inputs=[args.data])
     pages, kinds = find_pages(args)
     process, processes = process_and_processes(args)
@@ -427,22 +408,22 @@ def score(args):
     model = load(args.model, args.device, args.dtype)
     out = args.out or model.folder / SCORES_FILE
     check_output(out, "--out", inputs=[args.data])
-    settings = dict(model=model.name, data=args.data, synthetic=kinds,
+    settings = dict(model=model.name, data=args.data, synthetic=kinds and list(kinds),
                     size=[args.width, args.height], seed=args.seed, match=args.match,
                     transcript=args.transcript, dtype=args.dtype, images=args.images,
                     weights=checksum(weight_files(model.folder)),
                     data_checksum=args.data and checksum([args.data]))
-    settings = json.loads(json.dumps(settings))                     # as they come back from a file
-    with open(f"{out}.part{process}", "a+b", buffering=0) as file:
+    with open(f"{out}.part{process}", "a", encoding="utf-8") as file:
         progress = Progress(file, out, process, processes, settings, args.resume)
         try:
-            errors, done = score_pages(model, pages, progress, process, processes, args.match,
-                                       args.transcript), progress.done
+            errors = score_pages(model, pages, progress, process, processes, args.match,
+                                 args.transcript)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {len(progress.done | progress.own)} pages are saved,"
-                                    " --resume goes on") from None
-        for pages_of_one, errors_of_one in gather((progress.own, errors)):
-            done |= pages_of_one
+            stopped = f"stopped; {len(progress.done)} pages are saved, --resume goes on"
+            raise KeyboardInterrupt(stopped) from None
+        done = {}
+        for done_by_one, errors_of_one in gather((progress.done, errors)):
+            done |= done_by_one
             errors |= errors_of_one
         if process == 0:
             finish(args, model, out, settings, len(pages), done, errors)
@@ -453,12 +434,10 @@ def finish(args, model, out, settings, num, done, errors):
     L, H = model.config.layers, model.config.heads
     chosen = [done[str(i)] for i in sorted(map(int, done)) if i < num]
     errors = [f"page {i}: {error}" for i, error in sorted(errors.items())]
-    if not chosen:
-        raise ValueError(f"none of the {num} pages can be used; {errors[0]}")
+    require(chosen, f"none of the {num} pages can be used; {' '.join(errors[:1])}")
     tokens, hits = (sum(page[what] for page in chosen) for what in ("tokens", "hits"))
-    if hits == 0:
-        raise ValueError(f"no head of {args.model} looked at a word while writing it: "
-                         f"{len(chosen)} of {num} pages could be read, {tokens} tokens counted")
+    require(hits, f"no head of {args.model} looked at a word while writing it: {len(chosen)} of "
+                  f"{num} pages could be read, {tokens} tokens counted")
     write_scores([torch.tensor(page["scores"], dtype=torch.float64).view(L, H) for page in chosen],
                  out)
     write_json(dict(settings, pages=len(chosen), skipped=len(errors), tokens=tokens, hits=hits),

@@ -22,6 +22,7 @@ Letters: L layers, H query heads, G KV heads, T prompt tokens, D head size.
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 from cache import (METHODS, NEEDS_HEAD_SCORES, KVCache, OneLineParser, PackedAttention,
-                   decode_attention, make_method, note, read_head_scores, read_json)
+                   decode_attention, make_method, note, read_head_scores, read_json, require)
 from model_llava import DTYPES, load, open_image, prefill_attention, prepare
 
 SCORES_FILE = "visual_head_scores.json"
@@ -70,8 +71,7 @@ def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rh
 
 def new_cache(model, T, max_new_tokens, method, budget, window, *settings):
     """An empty cache for a prompt of T tokens; the other arguments are generate's."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
     model.check_length(T, max_new_tokens)
     c = model.config
     return KVCache(make_method(method, c.layers, c.kv_heads, T, budget, window, *settings), window)
@@ -123,10 +123,9 @@ def greedy_token(model, logits, number):
     """The token with the largest of the logits (vocabulary,). Raises ValueError if they are not
     finite; number: of the answer's token, for the message."""
     largest, token = logits.max(-1)
-    if not math.isfinite(largest):
-        raise ValueError(f"the logits of the answer's token {number} are not finite in "
-                         f"{str(model.dtype).removeprefix('torch.')}; another --dtype, or weights "
-                         "that are finite, are right")
+    require(math.isfinite(largest),
+            f"the logits of the answer's token {number} are not finite in {model.dtype}; another "
+            "--dtype, or weights that are finite, are right")
     return token.item()
 
 
@@ -256,7 +255,7 @@ def add_model_arguments(parser):
     parser.add_argument("--seed", type=int, default=0)
 
 
-def write_file(path, content):
+def write_file(path, content, option=""):
     """All of it or nothing: to a file beside it, which is then renamed. Links are followed.
     content: text or bytes; None: only tries. Raises ValueError where no file can be written."""
     target = Path(os.path.realpath(path))
@@ -264,15 +263,15 @@ def write_file(path, content):
     try:
         if os.path.lexists(target) and not (target.is_file() and os.access(target, os.W_OK)):
             raise OSError(0, "not a file that may be written")
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content or b"")
-        if content is not None:
-            os.replace(temporary, target)
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content or b"")
+            if content is not None:
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); a file in a folder that "
-                         "exists is right") from None
-    finally:
-        if os.path.exists(temporary):
-            temporary.unlink()
+        raise ValueError(f"{option} {path}: cannot be written ({error.strerror}); a file in a "
+                         "folder that exists is right".strip()) from None
 
 
 def write_json(content, path):
@@ -283,14 +282,11 @@ def write_json(content, path):
 def check_output(path, option, *endings, inputs=()):
     """Raises ValueError unless a file can be written at path, so that no long run ends in vain, and
     if it is one of `inputs`, paths of what is read or written otherwise."""
-    if endings and Path(path).suffix.lower() not in endings:
-        raise ValueError(f"{option} {path}: must end in {' or '.join(endings)}")
-    if os.path.realpath(path) in [os.path.realpath(other) for other in inputs if other]:
-        raise ValueError(f"{option} {path}: is named twice; a file of its own is right")
-    try:
-        write_file(path, None)
-    except ValueError as error:
-        raise ValueError(f"{option} {error}") from None
+    require(not endings or Path(path).suffix.lower() in endings,
+            f"{option} {path}: must end in {' or '.join(endings)}")
+    require(os.path.realpath(path) not in [os.path.realpath(other) for other in inputs if other],
+            f"{option} {path}: is named twice; a file of its own is right")
+    write_file(path, None, option)
 
 
 def find_head_scores(model, path):
@@ -312,55 +308,50 @@ def find_head_scores(model, path):
 def argument_parser():
     parser = OneLineParser(
         prog="sparsemm.py", description="Ask a question about an image, with SparseMM's KV cache.")
-    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="images, in order")
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT",
-                        help="the question; given again, further ones about the same images")
-    parser.add_argument("--fresh", action="store_true",
-                        help="prefill and compress anew for every question")
-    parser.add_argument("--method", choices=METHODS, default="sparsemm", metavar="NAME",
-                        help="which entries to keep: %(choices)s")
-    parser.add_argument("--budget", type=int, default=256, metavar="N",
-                        help="cache entries per KV head, on average (default 256)")
-    parser.add_argument("--window", type=int, default=32, metavar="N",
-                        help="last positions of the prompt that every head keeps (default 32)")
-    parser.add_argument("--rho", type=float, default=0.1,
-                        help="share of the rest that all heads get alike (default 0.1)")
-    parser.add_argument("--no-redistribute", action="store_true",
-                        help="lose what exceeds the prompt's length, as the authors' code does")
-    parser.add_argument("--scores", metavar="FILE",
-                        help=f"visual head scores (default: {SCORES_FILE} in the model's folder)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--compare", action="store_true", help="run every method; print a table")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    parser.add_argument("--show-heads", metavar="FILE",
-                        help="draw where the best and the worst heads look: a PNG of one token of "
-                             "the answer, or a GIF of all")
-    parser.add_argument("--show-token", type=int, metavar="N",
-                        help="which token of the answer the PNG shows (default 0)")
+    add = parser.add_argument
+    add("--image", nargs="+", default=[], metavar="PATH", help="images, in order")
+    add("--prompt", required=True, action="append", metavar="TEXT",
+        help="the question; given again, further ones about the same images")
+    add("--fresh", action="store_true", help="prefill and compress anew for every question")
+    add("--method", choices=METHODS, default="sparsemm", metavar="NAME",
+        help="which entries to keep: %(choices)s")
+    add("--budget", type=int, default=256, metavar="N",
+        help="cache entries per KV head, on average (default 256)")
+    add("--window", type=int, default=32, metavar="N",
+        help="last positions of the prompt that every head keeps (default 32)")
+    add("--rho", type=float, default=0.1, help="share of the rest that all heads get (default 0.1)")
+    add("--no-redistribute", action="store_true",
+        help="lose what exceeds the prompt's length, as the authors' code does")
+    add("--scores", metavar="FILE",
+        help=f"visual head scores (default: {SCORES_FILE} in the model's folder)")
+    add("--max-new-tokens", type=int, default=256, metavar="N")
+    add("--compare", action="store_true", help="run every method; print a table")
+    add("--json", action="store_true", help="print one JSON object, nothing else")
+    add("--show-heads", metavar="FILE", help="draw where the best and the worst heads look: a PNG "
+        "of one token of the answer, or a GIF of all")
+    add("--show-token", type=int, metavar="N",
+        help="which token of the answer the PNG shows (default 0)")
     add_model_arguments(parser)
     return parser
 
 
 def check_arguments(args):
     """What no function called later would refuse, or only after work was done."""
-    if args.show_heads is not None:
-        check_output(args.show_heads, "--show-heads", ".png", ".gif", inputs=args.image)
-        if len(args.image) != 1:
-            raise ValueError(f"--show-heads: needs one --image, not {len(args.image)}")
+    show, many = args.show_heads, len(args.prompt) > 1
+    if show is not None:
+        check_output(show, "--show-heads", ".png", ".gif", inputs=args.image)
+        require(len(args.image) == 1, f"--show-heads: needs one --image, not {len(args.image)}")
     for text in args.prompt:
-        if not text.strip():
-            raise ValueError(f"--prompt: {text!r} is empty; a question is right")
-    if len(args.prompt) > 1 and (args.compare or args.show_heads):
-        raise ValueError(f"--prompt: {len(args.prompt)} questions; --compare and --show-heads take "
-                         "one")
-    png = args.show_heads is not None and not args.show_heads.lower().endswith(".gif")
+        require(text.strip(), f"--prompt: {text!r} is empty; a question is right")
+    require(not many or not (args.compare or show), f"--prompt: {len(args.prompt)} questions; "
+            "--compare and --show-heads take one")
     for option, given, works, needs in (
-            ("--show-token", args.show_token is not None, png, "--show-heads with a PNG"),
-            ("--fresh", args.fresh, len(args.prompt) > 1, "several --prompt"),
+            ("--show-token", args.show_token is not None, show and show.lower().endswith(".png"),
+             "--show-heads with a PNG"),
+            ("--fresh", args.fresh, many, "several --prompt"),
             ("--scores", args.scores is not None, needs_scores(args) or args.compare,
              f"--method {' or '.join(NEEDS_HEAD_SCORES)}")):
-        if given and not works:
-            raise ValueError(f"{option}: has no effect without {needs}")
+        require(works or not given, f"{option}: has no effect without {needs}")
 
 
 def needs_scores(args):
@@ -422,6 +413,15 @@ def converse(args, conversation):
     return results[-1]
 
 
+def note_unknown_tasks(model, prompts):
+    """Small models say in prompts.json what they were taught: anything else is noted."""
+    path = model.folder / "prompts.json"
+    taught = read_json(path, "model") if path.exists() else {"known": [".*"]}
+    for text in prompts:
+        if not any(re.fullmatch(pattern, text.strip(), re.DOTALL) for pattern in taught["known"]):
+            note(f"prompt {text!r}: this small model knows {taught['said']}, and nothing else")
+
+
 def answer(args):
     """What the command does."""
     warnings.filterwarnings("ignore")                      # the user's input is not at fault there
@@ -430,9 +430,9 @@ def answer(args):
     model = load(args.model, args.device, args.dtype)
     needed = needs_scores(args)
     scores = find_head_scores(model, args.scores) if needed or args.compare else None
-    if needed and scores is None:
-        raise ValueError(f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py "
-                         f"--model {args.model} makes it, and --method snapkv needs none")
+    require(scores is not None or not needed,
+            f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py --model {args.model}"
+            " makes it, and --method snapkv needs none")
     begin = partial(Conversation, model, images, budget=args.budget, window=args.window,
                     rho=args.rho, redistribute=not args.no_redistribute, head_scores=scores,
                     max_new_tokens=args.max_new_tokens, seed=args.seed, fresh=args.fresh)
@@ -442,6 +442,7 @@ def answer(args):
         result = converse(args, begin(method=args.method))
     if not images:
         note("--image: none was given; the answer is made without a picture")
+    note_unknown_tasks(model, args.prompt)
     if args.show_heads:
         from experiments.draw import show_heads
         show_heads(model, images[0], args.prompt[0], scores, args.show_heads, args.show_token or 0,

@@ -397,7 +397,7 @@ def score_step_by_step(reference, ours, image, words, ids=None):
 
 def trained_pair(folder, device, dtype):
     """A checkpoint, as our model and as transformers'."""
-    ours = load(folder, device, dtype)
+    ours = load(folder, str(device), dtype)
     kind = (transformers.Qwen2VLForConditionalGeneration if ours.config.family == "qwen2_vl"
             else LlavaNextForConditionalGeneration)
     return ours, kind.from_pretrained(folder, dtype=DTYPES[dtype],

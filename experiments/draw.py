@@ -1,22 +1,55 @@
-"""Pictures, drawn with Pillow: the scores' heat map, what heads look at, and curves.
+"""Pictures, drawn with Pillow at twice their size, and scaled down.
 
-    score_heads.py --heatmap heads.png        heat_map
-    sparsemm.py --show-heads look.gif         show_heads
-    experiments/reproduce.py main             line_charts
+    python experiments/draw.py kept --out tiny/kept.png                what heads keep of a page
+    python experiments/draw.py heads FILE ... --out tiny/heads.png     score files side by side
+    python sparsemm.py --show-heads tiny/look.gif ...                  where heads look
+    python score_heads.py --heatmap heads.png ...                      the scores of one model
+    python experiments/reproduce.py main                               line_charts
 """
 
 import io
 import math
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model_llava import GRID, prefill_attention, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cache import OneLineParser, kv_head_scores, read_head_scores
+from experiments.compress import Setting, prefill
+from model_llava import GRID, load, open_image, prefill_attention, prepare
 from score_heads import attention_logits
-from sparsemm import write_file
+from sparsemm import add_model_arguments, check_output, find_head_scores, generate, write_file
 
 RAMP = ((255, 255, 255), (254, 217, 118), (253, 141, 60), (227, 26, 28), (103, 0, 31))  # low, high
+PANEL = 256                     # pixels: the width of a page in a picture, whatever its own
+GRAY, RED = (95, 95, 95), (180, 0, 0)
+
+
+class Canvas:
+    """A white picture, drawn at twice its size; all coordinates are of the picture itself."""
+
+    def __init__(self, width, height):
+        self.image = Image.new("RGB", (2 * round(width), 2 * round(height)), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def text(self, place, text, size, fill="black", anchor="la"):
+        self.draw.text([2 * x for x in place], text, fill, ImageFont.load_default(2 * size), anchor)
+
+    def shape(self, kind, places, fill=None, **options):
+        """kind: line, rectangle, ellipse or polygon; places: (x0, y0, x1, y1, ...)."""
+        if "width" in options:
+            options["width"] *= 2
+        getattr(self.draw, kind)([2 * x for x in places], fill, **options)
+
+    def paste(self, picture, place):
+        """A picture that is as large as it should be drawn, times two."""
+        self.image.paste(picture, [2 * round(x) for x in place])
+
+    def picture(self):
+        half = self.image.width // 2, self.image.height // 2
+        return self.image.resize(half, Image.Resampling.LANCZOS)
 
 
 def save_whole(image, path, **options):
@@ -33,35 +66,79 @@ def color(share):
     return tuple(round(a + (b - a) * (place - i)) for a, b in zip(RAMP[i], RAMP[i + 1]))
 
 
-def heat_map(scores, path, title="visual scores of the heads", cell=16):
-    """A layer x head map of scores (L, H) as a PNG, with axes, numbers and a legend."""
-    (L, H), top, left = scores.shape, 40, 52
-    share = scores / scores.sum()
-    image = Image.new("RGB", (left + H * cell + 110, top + L * cell + 44), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    draw.text((left, 10), title, font=ImageFont.load_default(15), fill="black")
+def text_width(text, size):
+    return ImageFont.load_default(size).getlength(text)
+
+
+def legend(canvas, x, y, height, marks):
+    """The colours as a column; marks: {place from 0 to 1: text}."""
+    for i in range(2 * height):
+        canvas.shape("line", (x, y + i / 2, x + 14, y + i / 2), color(1 - i / (2 * height)))
+    for place, text in marks.items():
+        canvas.text((x + 20, y + (1 - place) * height), text, 12, anchor="lm")
+
+
+# ---- head scores ---------------------------------------------------------------------------------
+
+def draw_map(canvas, x, y, scores, cell):
+    """Layer x head cells of scores (L, H), coloured by their share of the largest."""
+    (L, H), every = scores.shape, 1 if max(scores.shape) <= 12 else 4
     for l in range(L):
         for h in range(H):
-            x, y = left + h * cell, top + l * cell
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2),
-                           fill=color(share[l, h] / share.max()), outline=(225, 225, 225))
-    every = 1 if max(L, H) <= 12 else 4
+            canvas.shape("rectangle", (x + h * cell, y + l * cell, x + (h + 1) * cell - 1,
+                                       y + (l + 1) * cell - 1), color(scores[l, h] / scores.max()),
+                         outline=(225, 225, 225))
     for l in range(0, L, every):
-        draw.text((left - 6, top + l * cell + cell / 2), str(l), font=font, fill="black",
-                  anchor="rm")
+        canvas.text((x - 6, y + (l + 0.5) * cell), str(l), 12, anchor="rm")
     for h in range(0, H, every):
-        draw.text((left + h * cell + cell / 2, top + L * cell + 4), str(h), font=font, fill="black",
-                  anchor="mt")
-    draw.text((left + H * cell / 2, top + L * cell + 24), "query head", font=font, fill="black",
-              anchor="mt")
-    draw.text((4, top - 16), "layer", font=font, fill="black")
-    x, height = left + H * cell + 18, min(L * cell, 160)
-    for y in range(height):
-        draw.line((x, top + y, x + 14, top + y), fill=color(1 - y / height))
-    for part in (0, 0.5, 1):
-        draw.text((x + 20, top + (1 - part) * height), f"{part * share.max():.1%}", font=font,
-                  fill="black", anchor="lm")
-    save_whole(image, path)
+        canvas.text((x + (h + 0.5) * cell, y + L * cell + 4), str(h), 12, anchor="mt")
+    canvas.text((x + H * cell / 2, y + L * cell + 22), "query head", 12, anchor="mt")
+    canvas.text((x - 6, y - 8), "layer", 12, anchor="rb")
+
+
+def heat_map(scores, path, title="visual scores of the heads", cell=16):
+    """A layer x head map of scores (L, H) as a PNG, with axes, numbers and a legend."""
+    (L, H), share = scores.shape, scores / scores.sum()
+    canvas = Canvas(52 + H * cell + 110, 40 + L * cell + 44)
+    canvas.text((52, 10), title, 15)
+    draw_map(canvas, 52, 40, share, cell)
+    legend(canvas, 52 + H * cell + 18, 40, min(L * cell, 160),
+           {part: f"{part * share.max():.1%}" for part in (0, 0.5, 1)})
+    save_whole(canvas.picture(), path)
+
+
+def heat_maps(named, path, side=224):
+    """Maps of several models' scores side by side, {title: (L, H)}, and one legend."""
+    canvas = Canvas(52 + len(named) * (side + 60) + 90, side + 96)
+    for i, (title, scores) in enumerate(named.items()):
+        x, cell = 52 + i * (side + 60), side / max(scores.shape)
+        canvas.text((x, 10), title, 14)
+        draw_map(canvas, x, 48, scores, cell)
+    legend(canvas, 52 + len(named) * (side + 60) - 30, 48, 160,
+           {0: "0", 0.5: "half", 1: "best head"})
+    save_whole(canvas.picture(), path)
+
+
+# ---- what heads look at, and what they keep ------------------------------------------------------
+
+def panel_of(picture):
+    """A page as panels show it: (picture at twice PANEL's width, its scale)."""
+    scale = 2 * PANEL / picture.width
+    return picture.resize((2 * PANEL, max(1, round(scale * picture.height)))), scale
+
+
+def painted(picture, image, shades):
+    """A page's panel with the rectangles of its grid tokens laid over it. image: ImageTokens;
+    shades: for each of its tokens a colour and how much it covers, from 0 to 255."""
+    panel, scale = panel_of(picture)
+    layer, mask = panel.copy(), Image.new("L", panel.size, 0)
+    draw, cover = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
+    for kind, box, (fill, covered) in zip(image.kinds.tolist(), image.boxes.tolist(), shades):
+        if kind == GRID and box[2] > box[0] and box[3] > box[1]:
+            place = [edge * scale for edge in box[:2]] + [edge * scale - 1 for edge in box[2:]]
+            draw.rectangle(place, fill=fill)
+            cover.rectangle(place, fill=covered)
+    return Image.composite(layer, panel, mask)
 
 
 def attention_rows(model, inputs, heads, n):
@@ -80,84 +157,100 @@ def attention_rows(model, inputs, heads, n):
     return maps
 
 
-def overlay(picture, image, weights, scale):
-    """The picture, enlarged, with each grid token's box coloured by its weight.
-
-    image: ImageTokens; weights: (tokens of the image,) in [0, 1]."""
-    picture = picture.resize((picture.width * scale, picture.height * scale)).convert("RGB")
-    layer, mask = picture.copy(), Image.new("L", picture.size, 0)
-    draw, shade = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
-    for kind, box, weight in zip(image.kinds.tolist(), image.boxes.tolist(), weights.tolist()):
-        if kind == GRID and box[2] > box[0] and box[3] > box[1] and weight > 0.02:
-            corners = [edge * scale for edge in box]
-            draw.rectangle(corners, fill=color(0.35 + 0.65 * weight))
-            shade.rectangle(corners, fill=round(60 + 120 * weight))
-    return Image.composite(layer, picture, mask)
+def heads_to_show(scores, visual=3, others=1):
+    """(layer, head) of the best head of each of the layers with the best heads, and of the worst
+    heads of all."""
+    best, order = scores.amax(1), scores.flatten().argsort(descending=True, stable=True).tolist()
+    layers = best.argsort(descending=True, stable=True)[:visual].tolist()
+    chosen = [(l, int(scores[l].argmax())) for l in layers if best[l] > 0]
+    return chosen + [divmod(i, scores.shape[1]) for i in order[::-1][:others]]
 
 
 @torch.inference_mode()
-def show_heads(model, picture, prompt, scores, path, token=0, *, token_ids, count=3, scale=1):
-    """Where the best and the worst heads look while an answer, token_ids, is written.
+def show_heads(model, picture, prompt, scores, path, token=0, *, token_ids):
+    """Where the best heads of three layers and one of the worst look while an answer, token_ids, is
+    written. One scale of colours serves all panels: the largest weight on a patch of them all.
 
-    scores: (L, H); path: a PNG shows the answer's token number `token`, a GIF all of them in turn;
-    count: how many heads of either end."""
-    ids = token_ids
-    order = scores.flatten().argsort(descending=True, stable=True).tolist()
-    heads = [divmod(i, scores.shape[1]) for i in order[:count] + order[-count:]]
+    scores: (L, H); path: a PNG shows the answer's token number `token`, a GIF all of them in turn.
+    """
+    heads, n = heads_to_show(scores), len(token_ids)
     inputs = prepare(model, [picture], prompt)
-    maps = attention_rows(model, inputs.extended(ids[:-1]), heads, len(ids))   # row i emits token i
+    maps = attention_rows(model, inputs.extended(token_ids[:-1]), heads, n)    # row i emits token i
     image, start = inputs.images[0], inputs.starts[0]
-    decode = model.processor.tokenizer.decode
-    written = [i for i in range(len(ids)) if ids[i] not in model.processor.end_tokens]
+    looks = {head: maps[head][:, start:start + len(image)] for head in heads}
+    largest = max(rows.max().item() for rows in looks.values()) or 1.0
+    written = [i for i in range(n) if token_ids[i] not in model.processor.end_tokens]
+    texts = [model.processor.tokenizer.decode(token_ids[:i]) for i in range(n + 1)]
     frames = []
-    for i in written if str(path).lower().endswith(".gif") else [min(token, len(ids) - 1)]:
+    for i in written if str(path).lower().endswith(".gif") else [min(token, n - 1)]:
         panels = []
-        for l, h in heads:
-            weights = maps[l, h][i, start:start + len(image)]
-            label = f"layer {l} head {h}: {scores[l, h] / scores.sum():.1%}"
-            panels.append((label, overlay(picture, image, weights / weights.max(), scale)))
-        frames.append(arrange(panels, count, decode(ids[:i]), decode([ids[i]])))
+        for (l, h), rows in looks.items():
+            shades = [(color(0.3 + 0.7 * w / largest), round(210 * min(1, 8 * w / largest)))
+                      for w in rows[i].tolist()]
+            panels.append((f"layer {l} head {h}, score {scores[l, h] / scores.sum():.1%}",
+                           f"{rows[i].sum():.0%} on the image", painted(picture, image, shades)))
+        frames.append(arrange(panels, texts[i], texts[i + 1][len(texts[i]):], largest))
     animated = dict(save_all=True, append_images=frames[1:], duration=700, loop=0)
     save_whole(frames[0], path, **(animated if len(frames) > 1 else {}))
 
 
-def arrange(panels, count, before, now):
-    """A picture of labelled panels: the visual heads, then the others, above them the answer."""
-    width, height = panels[0][1].size
-    width = max(width, 190)
-    image = Image.new("RGB", (len(panels) * (width + 10) + 20, height + 64), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    x = 10
-    draw.text((x, 6), f"answer so far: {before}", font=font, fill="black")
-    x += font.getlength(f"answer so far: {before}")
-    draw.text((x, 6), now, font=font, fill=(200, 0, 0))
-    for i, (label, panel) in enumerate(panels):
-        x = 10 + i * (width + 10) + (10 if i >= count else 0)
-        draw.text((x, 26), "visual head" if i < count else "other head", font=font,
-                  fill=(150, 0, 0) if i < count else (90, 90, 90))
-        draw.text((x, 42), label, font=font, fill="black")
-        image.paste(panel, (x, 60))
-    return image
+def arrange(panels, before, now, largest):
+    """A picture of labelled panels, (label, share, picture) each, above them the answer so far, its
+    newest characters in red."""
+    height = panels[0][2].height // 2
+    canvas = Canvas(len(panels) * (PANEL + 12) + 100, height + 112)
+    canvas.text((12, 8), f"answer: {before}", 26)
+    canvas.text((12 + text_width(f"answer: {before}", 26), 8), now, 26, fill=(200, 0, 0))
+    for i, (label, share, panel) in enumerate(panels):
+        x = 12 + i * (PANEL + 12)
+        canvas.text((x, 48), label, 17)
+        canvas.text((x, 72), share, 20, fill=RED)
+        canvas.paste(panel, (x, 100))
+    legend(canvas, 16 + len(panels) * (PANEL + 12), 100, min(160, height),
+           {0: "0 %", 1: f"{largest:.0%}"})
+    return canvas.picture()
+
+
+@torch.inference_mode()
+def show_kept(model, picture, prompt, head_scores, budget, path, methods=("snapkv", "sparsemm")):
+    """What the KV heads with the highest and the lowest score keep of a page, a row for each
+    method: kept patches as they are, evicted ones dark, and the answer that the method gives."""
+    inputs, G = prepare(model, [picture], prompt), model.config.kv_heads
+    read, s = prefill(model, inputs), kv_head_scores(head_scores, G)
+    heads = [divmod(int(i), G) for i in (s.argmax(), s.argmin())]
+    image, start = inputs.images[0], inputs.starts[0]
+    height, left = panel_of(picture)[0].height // 2, 250
+    canvas = Canvas(left + len(heads) * (PANEL + 16), len(methods) * (height + 46) + 6)
+    for row, method in enumerate(methods):
+        keep = read.keep(Setting(method, budget), {"aligned": head_scores})             # (L, G, T)
+        answer = generate(model, [picture], prompt, method, budget, head_scores=head_scores)["text"]
+        y = 8 + row * (height + 46)
+        for line, (text, size, fill) in enumerate((
+                (method, 26, "black"), (f"budget {budget} x {s.numel()} heads", 16, GRAY),
+                (prompt, 16, GRAY), (answer, 26, RED))):
+            canvas.text((12, y + 34 + 34 * line), text, size, fill)
+        for i, (l, g) in enumerate(heads):
+            x, held = left + i * (PANEL + 16), keep[l, g]
+            shades = [((40, 40, 40), 0 if kept else 195)
+                      for kept in held[start:start + len(image)].tolist()]
+            canvas.text((x, y), f"layer {l} head {g}: {held.sum()} of {len(held)} kept", 16)
+            canvas.paste(painted(picture, image, shades), (x, y + 26))
+    save_whole(canvas.picture(), path)
 
 
 # ---- curves --------------------------------------------------------------------------------------
 
 LINES = ((0, 0, 0), (205, 30, 30), (30, 100, 200), (20, 150, 80), (235, 145, 0), (130, 70, 180),
          (0, 165, 185), (150, 90, 40), (130, 130, 130))                # colours, one for each curve
-MARKS = 4                                                               # circle, square, ...
 
 
-def mark(draw, x, y, i, radius=5):
+def mark(canvas, x, y, i, r=4):
     """The mark of curve number i."""
-    fill, r = LINES[i % len(LINES)], radius
-    if i % MARKS == 0:
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif i % MARKS == 1:
-        draw.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=fill)
-    elif i % MARKS == 2:
-        draw.polygon(((x, y - r - 1), (x - r, y + r), (x + r, y + r)), fill=fill)
-    else:
-        draw.polygon(((x, y - r - 1), (x + r + 1, y), (x, y + r + 1), (x - r - 1, y)), fill=fill)
+    kind, places = (("ellipse", (x - r, y - r, x + r, y + r)),
+                    ("rectangle", (x - r + 1, y - r + 1, x + r - 1, y + r - 1)),
+                    ("polygon", (x, y - r - 1, x - r, y + r, x + r, y + r)),
+                    ("polygon", (x, y - r - 1, x + r + 1, y, x, y + r + 1, x - r - 1, y)))[i % 4]
+    canvas.shape(kind, places, LINES[i % len(LINES)])
 
 
 def line_charts(panels, path, title, x_label, x_ticks):
@@ -168,25 +261,23 @@ def line_charts(panels, path, title, x_label, x_ticks):
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     width, height, top, left = 470, 320, 64, 62
-    image = Image.new("RGB", (left + len(panels) * (width + 60) + 90, top + height + 60), "white")
-    draw, small = ImageDraw.Draw(image), ImageFont.load_default(12)
-    draw.text((left, 10), title, font=ImageFont.load_default(17), fill="black")
+    canvas = Canvas(left + len(panels) * (width + 60) + 90, top + height + 60)
+    canvas.text((left, 10), title, 17)
     for i, (panel, curves) in enumerate(panels.items()):
         box = (left + i * (width + 60), top, left + i * (width + 60) + width, top + height)
-        draw.text((box[0], top - 22), panel, font=ImageFont.load_default(13), fill="black")
-        draw_panel(draw, box, curves, names, x_ticks, small)
-        draw.text(((box[0] + box[2]) / 2, box[3] + 26), x_label, font=small, fill="black",
-                  anchor="mt")
+        canvas.text((box[0], top - 22), panel, 13)
+        draw_panel(canvas, box, curves, names, x_ticks)
+        canvas.text(((box[0] + box[2]) / 2, box[3] + 26), x_label, 12, anchor="mt")
     x = left + len(panels) * (width + 60) - 36
     for i, name in enumerate(names):
         y = top + 10 + 22 * i
-        draw.line((x, y, x + 26, y), fill=LINES[i % len(LINES)], width=2)
-        mark(draw, x + 13, y, i)
-        draw.text((x + 34, y), name, font=small, fill="black", anchor="lm")
-    save_whole(image, path)
+        canvas.shape("line", (x, y, x + 26, y), LINES[i % len(LINES)], width=2)
+        mark(canvas, x + 13, y, i)
+        canvas.text((x + 34, y), name, 12, anchor="lm")
+    save_whole(canvas.picture(), path)
 
 
-def draw_panel(draw, box, curves, names, x_ticks, font):
+def draw_panel(canvas, box, curves, names, x_ticks):
     """Axes and curves of one panel in a box (x0, y0, x1, y1) of the picture."""
     x0, y0, x1, y1 = box
     points = [point for curve in curves.values() for point in curve]
@@ -198,23 +289,60 @@ def draw_panel(draw, box, curves, names, x_ticks, font):
         return (x0 + 12 + (math.log(x) - low_x) / max(high_x - low_x, 1e-9) * (x1 - x0 - 24),
                 y1 - (y - low_y) / (high_y - low_y) * (y1 - y0))
 
-    draw.rectangle(box, outline=(90, 90, 90))
+    canvas.shape("rectangle", box, outline=(90, 90, 90))
     for tick in range(round(10 * low_y), round(10 * high_y) + 1):
         y = place(x_ticks[0], tick / 10)[1]
-        draw.line((x0, y, x1, y), fill=(225, 225, 225))
-        draw.text((x0 - 6, y), str(10 * tick), font=font, fill="black", anchor="rm")
+        canvas.shape("line", (x0, y, x1, y), (225, 225, 225))
+        canvas.text((x0 - 6, y), str(10 * tick), 12, anchor="rm")
     for tick in x_ticks:
         x = place(tick, low_y)[0]
-        if not x0 < x < x1:
-            continue
-        draw.line((x, y0, x, y1), fill=(235, 235, 235))
-        draw.text((x, y1 + 6), str(tick), font=font, fill="black", anchor="mt")
+        if x0 < x < x1:
+            canvas.shape("line", (x, y0, x, y1), (235, 235, 235))
+            canvas.text((x, y1 + 6), str(tick), 12, anchor="mt")
     for name, curve in reversed(curves.items()):                          # the first one on top
         i, places = names.index(name), [place(x, y) for x, y in sorted(curve)]
         if len(places) == 1:
             for x in range(round(x0), round(x1), 10):
-                draw.line((x, places[0][1], x + 5, places[0][1]), fill=LINES[i % len(LINES)])
+                canvas.shape("line", (x, places[0][1], x + 5, places[0][1]), LINES[i % len(LINES)])
         else:
-            draw.line(places, fill=LINES[i % len(LINES)], width=2)
+            canvas.shape("line", [number for spot in places for number in spot],
+                         LINES[i % len(LINES)], width=2)
         for x, y in places:
-            mark(draw, x, y, i, radius=4)
+            mark(canvas, x, y, i)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def draw(args):
+    check_output(args.out, "--out", ".png")
+    if args.what == "heads":
+        named = {}
+        for file in map(Path, args.files):
+            name = file.parent.name if file.name == "visual_head_scores.json" else file.stem
+            named[name] = read_head_scores(file)
+        return heat_maps(named, args.out)
+    picture, model = open_image(args.image), load(args.model, args.device, args.dtype)
+    scores = find_head_scores(model, args.scores)
+    if scores is None:
+        raise ValueError(f"--scores: {model.folder} has none; a file of head scores is right")
+    show_kept(model, picture, args.prompt, scores, args.budget, args.out)
+
+
+def main(argv=None):
+    parser = OneLineParser(prog="draw.py", description="Draw head scores, or what heads keep.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    heads = commands.add_parser("heads", help="score files side by side")
+    heads.add_argument("files", nargs="+", metavar="FILE")
+    kept = commands.add_parser("kept", help="what heads keep of a page")
+    kept.add_argument("--image", default=str(Path(__file__).parents[1] / "tiny" / "receipt.png"))
+    kept.add_argument("--prompt", default="What is the Rope?")
+    kept.add_argument("--budget", type=int, default=64)
+    kept.add_argument("--scores", metavar="FILE")
+    add_model_arguments(kept)
+    for command in (heads, kept):
+        command.add_argument("--out", required=True, metavar="PNG")
+    parser.run(draw, argv)
+
+
+if __name__ == "__main__":
+    main()

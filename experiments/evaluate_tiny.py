@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import OneLineParser
 from experiments.arguments import as_typed, font_files, whole_number
 from experiments.compress import forced_logits, prefill
-from experiments.pages import KINDS, WORDINGS, prompt, render_page, tasks
+from experiments.pages import KINDS, WORDINGS, prompt, tasks
 from experiments.progress import machine_name
+from experiments.wild_pages import render_mixed_page
 from model_llava import load, prepare
 from sparsemm import DEFAULT_MODEL, check_output, generate, write_json
 
@@ -82,14 +83,14 @@ class Page:
         return max(0.0, 1 - edit_distance(written, right) / len(right))
 
 
-def evaluate(model, kind, size, num, seed, transcripts, fonts=(None,)):
+def evaluate(model, kind, size, num, seed, transcripts, fonts=(None,), wild=0):
     """Results on num pages of a kind and size (width, height), of which the first `transcripts` are
-    transcribed, too: of each task the number of pages that have it and the mean score. fonts: as
-    render_page takes them."""
+    transcribed, too: of each task the number of pages that have it and the mean score. fonts,
+    wild: as render_mixed_page takes them."""
     scores, image_tokens = {task: [] for task in WORDINGS}, 0
     for i in tqdm(range(num), desc=f"{kind} {size[0]} x {size[1]}", leave=False):
         rng = random.Random(f"evaluation {seed} {kind} {size} {i}")
-        page = render_page(rng, kind, *size, fonts=fonts)
+        page = render_mixed_page(rng, kind, *size, wild, fonts=fonts)
         possible, chosen = tasks(page), []
         for task in WORDINGS:
             entries = [entry for entry in possible if entry[0] == task]
@@ -133,10 +134,12 @@ def main(argv=None):
                              "(default: all)")
     parser.add_argument("--fonts", type=font_files, default=[None], metavar="DIR",
                         help="TrueType files to draw the pages with, instead of the built-in font")
+    parser.add_argument("--wild", action="store_true",
+                        help="pages that look like other people's (wild_pages.py); no shapes")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--out", metavar="FILE",
-                        help="default: in the model's folder, evaluation.json or, with --fonts, "
-                             "evaluation-fonts.json")
+                        help="default: in the model's folder, evaluation.json, with --fonts "
+                             "evaluation-fonts.json, with --wild evaluation-wild.json")
     args = parser.parse_args(argv)
     transcripts = args.num if args.transcripts is None else args.transcripts
     try:
@@ -145,7 +148,9 @@ def main(argv=None):
         model = load(args.model, "auto", "float32")
     except ValueError as error:
         parser.error(error)
-    results = [evaluate(model, kind, size, args.num, args.seed, transcripts, args.fonts)
+    if args.wild:
+        args.kinds = [kind for kind in args.kinds if kind != "shapes"]
+    results = [evaluate(model, kind, size, args.num, args.seed, transcripts, args.fonts, args.wild)
                for kind in args.kinds for size in args.sizes]
     print(table(results))
     fonts = [Path(file).name for file in args.fonts if file]
@@ -153,11 +158,12 @@ def main(argv=None):
     about = dict(command=f"python experiments/evaluate_tiny.py --model {as_typed(args.model)} "
                          f"--num {args.num} --transcripts {transcripts} --seed {args.seed} "
                          f"--kinds {' '.join(args.kinds)} --sizes {sizes}"
-                         + " --fonts DIR" * bool(fonts), fonts=fonts or ["Pillow's built-in"],
+                         + " --fonts DIR" * bool(fonts) + " --wild" * args.wild, fonts=fonts or ["Pillow's built-in"],
                  machine=machine_name(model.device),
                  torch=torch.__version__, transformers=transformers.__version__, seed=args.seed,
                  results=results)
-    write_json(about, args.out or model.folder / f"evaluation{'-fonts' * bool(fonts)}.json")
+    name = f"evaluation{'-fonts' * bool(fonts)}{'-wild' * args.wild}.json"
+    write_json(about, args.out or model.folder / name)
 
 
 if __name__ == "__main__":

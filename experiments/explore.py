@@ -5,7 +5,11 @@
 
 A slider moves the budget, a list picks the method. A map shows how many entries each KV head keeps;
 of the head under the cursor the page shows which, and where it looks for each token of the answer.
-The page of the sample, tiny/explore.html, is made by this command with that --out.
+The page of the sample, tiny/explore.html, is made by this command with that --out; its picture,
+tiny/explore.png, is what a browser shows of it, scaled to a width of 800 pixels:
+
+    chromium --headless --window-size=1000,960 --virtual-time-budget=8000 \\
+        --screenshot=tiny/explore.png "file://$PWD/tiny/explore.html#method=sparsemm&budget=64"
 
     prompt --> one prefill --> every method and budget: the real cache (cache.KVCache)
                                    |                        |
@@ -198,7 +202,8 @@ def page_picture(image, side=1000):
 
 
 def build_page(about, results, first, boxes, kinds, budgets, detail):
-    """The HTML: explore_page.html with everything in it. boxes: (N, 4) in shares of the page."""
+    """The HTML: explore_page.html with everything in it, or None if that is far too much. boxes:
+    (N, 4) in shares of the page."""
     parts, settings = Parts(), {}
     data = dict(about, budgets=budgets, detail=detail,
                 kinds=parts.add(kinds.numpy().astype("u1")),
@@ -210,9 +215,11 @@ def build_page(about, results, first, boxes, kinds, budgets, detail):
             settings[key] = dict(result.about, looks=parts.add_looks(result.looks, *detail),
                                  kept=parts.add(result.keep.sum(-1).astype("<u2")),
                                  bits=parts.add(bits))
+    if len(parts) > 8 * LIMIT:
+        return None
     data = json.dumps(dict(data, settings=settings)).replace("<", "\\u003c")
     page = Path(__file__).with_name("explore_page.html").read_text(encoding="utf-8")
-    packed = base64.b64encode(zlib.compress(bytes(parts), 9)).decode()
+    packed = base64.b64encode(zlib.compress(bytes(parts))).decode()
     return page.replace("@DATA@", data).replace("@PARTS@", packed)
 
 
@@ -222,7 +229,7 @@ def smallest_loss(about, results, first, boxes, kinds, budgets):
     ways += [(budgets[:n], DETAIL[-1]) for n in range(len(budgets) - 1, 0, -1)]
     for kept_budgets, detail in ways:
         html = build_page(about, results, first, boxes, kinds, kept_budgets, detail)
-        if len(html.encode()) <= LIMIT:
+        if html and len(html.encode()) <= LIMIT:
             return html
     raise ValueError(f"--image: the page would be larger than {LIMIT:,} bytes even with one budget "
                      "and without weights; a smaller picture is right")
@@ -256,7 +263,21 @@ def explore(model, image, prompt, head_scores, seed=0, limit=64, answer=None, na
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def parse_arguments(argv):
+def write_page(args):
+    check_output(args.out, "--out", ".html", inputs=(args.image, args.scores))
+    if not args.prompt.strip():
+        raise ValueError(f"--prompt: {args.prompt!r} is empty; a question is right")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: {args.max_new_tokens} is too small; at least 1 is "
+                         "right")
+    image, model = open_image(args.image), load(args.model, args.device, args.dtype)
+    html = explore(model, image, args.prompt, find_head_scores(model, args.scores), args.seed,
+                   args.max_new_tokens, args.answer, as_typed(args.model))
+    write_file(args.out, html)
+    print(f"wrote {args.out}, {len(html.encode()):,} bytes")
+
+
+def main(argv=None):
     parser = OneLineParser(prog="explore.py",
                            description="Make a page that shows what each head keeps.")
     parser.add_argument("--image", required=True, metavar="PATH")
@@ -268,26 +289,7 @@ def parse_arguments(argv):
                                                          "the model's folder)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_model_arguments(parser)
-    return parser, parser.parse_args(argv)
-
-
-def main(argv=None):
-    parser, args = parse_arguments(argv)
-    try:
-        check_output(args.out, "--out", ".html", inputs=(args.image, args.scores))
-        if not args.prompt.strip():
-            raise ValueError(f"--prompt: {args.prompt!r} is empty; a question is right")
-        if args.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens: {args.max_new_tokens} is too small; at least 1 is "
-                             "right")
-        image = open_image(args.image)
-        model = load(args.model, args.device, args.dtype)
-        html = explore(model, image, args.prompt, find_head_scores(model, args.scores), args.seed,
-                       args.max_new_tokens, args.answer, as_typed(args.model))
-        write_file(args.out, html)
-    except ValueError as error:
-        parser.error(error)
-    print(f"wrote {args.out}, {len(html.encode()):,} bytes")
+    parser.run(write_page, argv)
 
 
 if __name__ == "__main__":

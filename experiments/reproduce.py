@@ -1,6 +1,8 @@
 """Rerun the paper's claims on the small models (or on real checkpoints), in one command.
 
     python experiments/reproduce.py [PART] [--model DIR ...] [--quick] [--out DIR]
+    python experiments/reproduce.py published FILE ... [--kv-heads N]
+    python experiments/reproduce.py results
 
     heads           how many heads look at the image, and how concentrated their scores are
     main            every method at every budget, by page size; what layers and what heads
@@ -13,13 +15,16 @@
     beyond          changes to the method, chosen on other pages than they are tested on
     fastv           image tokens dropped in prefill (FastV), alone and before sparsemm
     all             all of these (the default)
-    readme          rewrites the results chapter of README.md from what the parts have stored
+    results         writes RESULTS.md beside --out, and the README's table, of what is stored
+    published       how uneven the scores in some files are, the authors' or others; stored, too
 
 Accuracy is the share of the right answer's tokens that are predicted from those before them, from
 the second one on: the first always sees the full cache. Pages are drawn from seeds of their own
 (`exercise`), held out from training and from scoring. Every figure has its 95 % interval (bootstrap
-over pages); differences are paired, over the same pages. DIR/pages keeps the results of single
-pages, so that a run that was stopped goes on where it was. The paper: arXiv 2506.05344.
+over pages); differences are paired, over the same pages. A claim has one figure for each task, at
+the one budget that it names; the other budgets are in the part's tables. DIR/pages keeps the
+results of single pages, so that a run that was stopped goes on where it was. The paper: arXiv
+2506.05344.
 
 Letters: L layers, H query heads, G KV heads, T prompt tokens.
 """
@@ -40,7 +45,7 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cache import METHODS, OneLineParser
+from cache import METHODS, OneLineParser, kv_head_scores, read_head_scores
 from experiments import fastv as pruning
 from experiments.arguments import as_typed, output_folder, whole_number
 from experiments.compress import (BY, Setting, drawn, forced_accuracy, head_sets, masked_accuracy,
@@ -51,8 +56,8 @@ from experiments.evaluate_tiny import edit_distance, page_size
 from experiments.metrics import anls
 from experiments.pages import KINDS, prompt, render_page, tasks
 from experiments.progress import machine_name
-from experiments.report import (claim, interval, negative, positive, results_page, show, table,
-                                write_readme)
+from experiments.report import (STRONGEST, claim, interval, negative, positive, results_page, show,
+                                table, write_results)
 from experiments.sources import Rendered
 from model_llava import DTYPES, load, prepare
 from score_heads import MATCHES, gini, score_transcript, top_share
@@ -63,7 +68,16 @@ SMALL_MODELS = (DEFAULT_MODEL, DEFAULT_MODEL.parent / "llava-next")
 BUDGETS = (48, 64, 96, 128, 256, 512)                       # of the paper's ablation
 TIGHT = BUDGETS[:3]
 LARGE_PAGE = (512, 512)         # more than 1,000 image tokens for the small models
-RIVALS = ("shuffled", "random", "snapkv", "pyramidkv", "adakv")
+CLAIMED, ON_LARGE, NEARLY_FULL = 64, 128, 256      # the budgets that claims are made at
+RIVALS = {      # what sparsemm is compared with in claims, and the paper's figures
+    "snapkv": ("every head has the same budget",
+               "+4 DocVQA, +6 OCRBench, at 256; +5.7 MMBench, at 64"),
+    "adakv": ("the heads of a layer share by their attention", "+3 DocVQA, +4 OCRBench, at 256"),
+    "pyramidkv": ("lower layers have more", "+3 DocVQA, +4 OCRBench, at 256"),
+    "random": ("head scores drawn at random", "better"),
+    "shuffled": ("its own head scores, dealt to other heads", "not measured"),
+    "layers": ("every head has its layer's mean score", "not measured"),
+    "within": ("its scores, dealt anew inside each layer", "not measured")}
 CONTROLS = {"layers": dict(scores="layers"), "within": dict(scores="within"),
             "heads": dict(scores="heads"),
             "pyramidkv upside down": dict(scores="rising pyramid", rho=0.0)}
@@ -286,11 +300,11 @@ def figure(measured, entry, what="accuracy"):
     return entry and interval(measured[entry][what])
 
 
-def grid(title, columns, rows, measured, what="accuracy", readme=False):
+def grid(title, columns, rows, measured, what="accuracy"):
     """A table of measured settings. rows: {label: for each column an entry as figure takes it}."""
     return table(title, ["", *columns], [
         [label, *(figure(measured, entry, what) for entry in row)] for label, row in rows.items()],
-        "%" if what == "accuracy" else "entries", readme)
+        "%" if what == "accuracy" else "entries")
 
 
 def row(budgets=BUDGETS, **changes):
@@ -331,14 +345,18 @@ def split_gain(rows):
             "the right heads of a layer: sparsemm - within": minus("sparsemm", "within")}
 
 
-def tight(T):
-    """Which budgets are at most a quarter of the prompt; the smallest if none is."""
-    return [i for i, b in enumerate(BUDGETS) if b <= T / 4] or [0]
+def gain(measured, rows, where, budget):
+    """The rows of RESULTS.md that split sparsemm's gain, of {task: measured}."""
+    i = BUDGETS.index(budget)
+    return {f"{task}s{where}, {budget} entries": {
+        name: figure(of, pairs[i]) for name, pairs in split_gain(rows).items()}
+        for task, of in measured.items()}
 
 
-def compared(measured, a, b, places):
-    """{budget: difference} of two rows at some places."""
-    return {BUDGETS[i]: figure(measured, (a[i], b[i])) for i in places}
+def differences(measured, a, b, budget=CLAIMED):
+    """{task: figure} of two rows of settings at one budget, of {task: measured}."""
+    i = BUDGETS.index(budget)
+    return {f"{task}s": figure(of, (a[i], b[i])) for task, of in measured.items()}
 
 
 def place(task, size, T):
@@ -357,96 +375,100 @@ def resampled(tables, of, draws=200):
     return [float(of(*map(mean_scores, tables))), *np.percentile(values, [2.5, 97.5]).tolist()]
 
 
+def visual(s, share=0.1):
+    """Which heads have that share of the best head's score."""
+    return (s >= share * s.max()).double()
+
+
+def unevenness(s):
+    """How uneven the scores (L, G) of KV heads are, by layer and inside layers: {name: share}."""
+    s = s / s.sum()
+    (L, G), layers = s.shape, s.sum(1)
+    total, between = ((s - s.mean()) ** 2).sum(), G * ((s.mean(1) - s.mean()) ** 2).sum()
+    return {"Gini coefficient of the heads": gini(s),
+            "Gini coefficient of the layers' sums": gini(layers),
+            "Gini coefficients inside layers, weighted by the layers' sums": sum(
+                (gini(row) * row.sum()).item() for row in s if row.sum() > 0),
+            "variance of the scores between layers": (between / total.clamp(min=1e-300)).item(),
+            "the same if heads were dealt to layers by chance": (L - 1) / (L * G - 1),
+            STRONGEST: layers.max().item(),
+            "heads with a tenth of the best head's score": visual(s).mean().item(),
+            "the same in the layer that has most": visual(s).mean(1).max().item()}
+
+
 def heads(run):
     """How many heads are visual, and how concentrated the scores are. Beside them what the authors'
     score file of LLaVA-NeXT-Vicuna-7B gives."""
-    def visual(share, layer=slice(None)):        # heads with that share of the best head's score
-        return lambda s: (s[layer] >= share * s.max()).double().mean()
-
     def half(s):                                # the share of heads that hold half of the scores
         best = s.flatten().sort(descending=True).values.cumsum(0)
         return ((best < 0.5).sum() + 1) / s.numel()
 
     pages, tokens = run.ocr_scores()
     (num, L, H), top = pages.shape, top_share(pages[0], 0.05)[0]
-    layers, claims = [[f"layer {l}"] for l in range(L)] + [["all"]], []
-    shares = [[f"top 5 % of the heads ({top} of {L * H}) hold",
-               resampled([pages], lambda s: top_share(s, 0.05)[1]), "55.4"],
+    held = resampled([pages], lambda s: top_share(s, 0.05)[1])
+    shares = [[f"top 5 % of the heads ({top} of {L * H}) hold", held, "55.4"],
               ["Gini coefficient", resampled([pages], gini), "85.5"],
               ["share of the heads that hold half of the scores", resampled([pages], half), "4.2"]]
-    for name, share, published, layer in (("a tenth", 0.1, 11.1, 31.2),
-                                          ("a quarter", 0.25, 4.6, 21.9)):
-        column = [resampled([pages], visual(share, l)) for l in (*range(L), slice(None))]
-        for line, cell in zip(layers, column):
-            line.append(cell)
-        shares.append([f"heads with {name} of the best head's score", column[-1], str(published)])
-        most = max(range(L), key=lambda l: column[l][0])
-        claims.append(claim(
-            f"fewer than 5 % of the heads of a layer are visual (have {name} of the best head's "
-            "score, or more)", f"< 5 %; in their score file {published}, in one layer {layer}",
-            {"all layers": column[-1], f"layer {most}": column[most]}, lambda f: f[0] < 0.05,
-            signed=False))
-    for l, line in enumerate(layers):
-        line.append(resampled([pages], lambda s: s[l].sum()) if l < L else "100")
+    columns = []
+    for name, share, published in (("a tenth", 0.1, 11.1), ("a quarter", 0.25, 4.6)):
+        columns.append([resampled([pages], lambda s: visual(s, share)[l].mean())
+                        for l in (*range(L), slice(None))])
+        shares.append([f"heads with {name} of the best head's score", columns[-1][-1],
+                       str(published)])
+    columns.append([*(resampled([pages], lambda s: s[l].sum()) for l in range(L)), "100"])
+    names, (*of_layers, of_all) = [*(f"layer {l}" for l in range(L)), "all"], columns[0]
     return dict(
         facts=dict(pages=num, tokens=tokens, size=run.sizes[-1]),
         tables=[table(f"Visual scores of {num} pages, %", ["", run.name, "the published scores of "
-                      "LLaVA-NeXT-Vicuna-7B, 1,024 heads"], shares, readme=True),
+                      "LLaVA-NeXT-Vicuna-7B, 1,024 heads"], shares),
                 table("Visual heads (at least a tenth, or a quarter, of the best head's score) and "
                       "share of the scores, %", ["", "a tenth", "a quarter", "share of the scores"],
-                      layers)],
-        claims=claims)
+                      [list(line) for line in zip(names, *columns)])],
+        claims=[claim("few heads look: fewer than 5 % have a tenth of the best head's score, or "
+                      "more", "< 5 %; their published scores: 11.1", {"": of_all}, below=0.05,
+                      signed=False),
+                claim("so in every layer (the figure is that of the layer that has most)",
+                      "< 5 %; their published scores: 31.2",
+                      {"": max(of_layers, key=lambda cell: cell[0])}, below=0.05, signed=False),
+                claim("the top 5 % of the heads hold half of the scores, or more",
+                      "their published scores: 55.4", {"": held}, above=0.5, signed=False)],
+        unevenness=unevenness(kv_head_scores(mean_scores(pages), run.model.config.kv_heads)))
 
 
 def main_part(run):
     """Every method and control at every budget, questions and transcripts, by page size."""
-    rows, tables, claims, curves, size = with_controls(), [], [], {}, run.reading_size()
+    rows, tables, at_size, curves, size = with_controls(), [], {}, {}, run.reading_size()
     for task in TASKS:
         for other in run.sizes:
             measured, T = run.measure("main", task, other, flat(rows))
             where = place(task, other, T)
-            tables += [
-                grid(f"Accuracy, {where}, %", BUDGETS, rows, measured, readme=other == size),
-                grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
-                     against(rows, "sparsemm"), measured),
-                grid(f"Layers and heads in sparsemm's gain over snapkv, {where}, points", BUDGETS,
-                     split_gain(rows), measured, readme=other == size),
-                grid(f"Entries really kept per head, {where}", BUDGETS, rows, measured, "kept")]
+            tables += comparison(where, measured, rows)
+            tables.append(grid(f"Entries really kept per head, {where}", BUDGETS, rows, measured,
+                               "kept"))
             if other == size:
-                claims += method_claims(f"{task}s", measured, T, rows)
+                at_size[task] = measured
                 curves[where] = {m: [(measured[s]["kept"].mean(), measured[s]["accuracy"].mean())
                                      for s in dict.fromkeys(r)] for m, r in by_method().items()}
+    claims = [claim(f"`sparsemm` is better than `{rival}` ({what}), {CLAIMED} entries", paper,
+                    differences(at_size, rows["sparsemm"], rows[rival]), above=0)
+              for rival, (what, paper) in RIVALS.items()]
+    claims.append(claim(
+        f"`random` is as good as `snapkv`: within 3 points, {CLAIMED} entries", "about equal",
+        differences(at_size, rows["random"], rows["snapkv"]), above=-0.03, below=0.03))
     picture = f"main-{run.name}.png"
     line_charts(curves, run.out / picture, f"{run.name}: accuracy (%) against kept entries",
                 "entries kept per head", BUDGETS[:-1])
     return dict(facts=dict(pages=run.pages, size=size), tables=tables + free_running(run, size),
-                claims=claims, picture=picture)
+                claims=claims, split=gain(at_size, rows, "", CLAIMED), picture=picture)
 
 
-def method_claims(where, measured, T, rows):
-    """What the paper says of methods and budgets, of one task at one page size."""
-    paper = {"snapkv": "+4 DocVQA, +6 OCRBench, at 256", "pyramidkv": "+3, +4", "adakv": "+3, +4"}
-    claims = [claim(f"sparsemm above {rival} up to a quarter of the prompt, {where}",
-                    paper.get(rival, "above"),
-                    compared(measured, rows["sparsemm"], rows[rival], tight(T)), positive)
-              for rival in RIVALS]
-    if wide := [i for i, b in enumerate(BUDGETS) if b >= T / 2]:
-        claims.append(claim(
-            f"sparsemm loses no more than a point from half the prompt on, {where}",
-            "0 on DocVQA and OCRBench, at 256",
-            compared(measured, rows["sparsemm"], rows["full"], wide), lambda f: f[0] >= -0.01))
-    claims.append(claim(f"random scores are as good as snapkv, {where}", "about equal",
-                        compared(measured, rows["random"], rows["snapkv"], tight(T)),
-                        lambda f: f[1] <= 0 <= f[2]))
-    for control, what in (("layers", "the layers' shares alone (layers)"),
-                          ("within", "the same with a layer's heads permuted (within)")):
-        claims.append(claim(f"sparsemm above {what}, {where}", "not measured",
-                            compared(measured, rows["sparsemm"], rows[control], tight(T)),
-                            positive))
-    claims.append(claim(f"random scores gain no more than a point over snapkv, {where}",
-                        "about equal", compared(measured, rows["random"], rows["snapkv"], tight(T)),
-                        lambda f: f[0] <= 0.01))
-    return claims
+def comparison(where, measured, rows):
+    """The tables that compare methods and controls at one place."""
+    return [grid(f"Accuracy, {where}, %", BUDGETS, rows, measured),
+            grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
+                 against(rows, "sparsemm"), measured),
+            grid(f"Layers and heads in sparsemm's gain over snapkv, {where}, points", BUDGETS,
+                 split_gain(rows), measured)]
 
 
 def free_running(run, size):
@@ -471,7 +493,7 @@ def free_running(run, size):
             measured = {s: dict(accuracy=np.array([page[name][j] for page in pages]))
                         for j, s in enumerate(settings)}
             where = f"{name}, {task}s written freely, {size[0]} x {size[1]} pixels, {num} pages"
-            tables += [grid(f"{where}, %", budgets, rows, measured, readme=name == "exact"),
+            tables += [grid(f"{where}, %", budgets, rows, measured),
                        grid(f"sparsemm minus each other method, {where}, points", budgets,
                             against(rows, "sparsemm"), measured)]
     return tables
@@ -479,22 +501,24 @@ def free_running(run, size):
 
 def large(run):
     """Every method and control at every budget on large pages, of which there are half as many."""
-    rows, num, tables, claims = with_controls(), max(1, run.pages // 2), [], []
+    rows, num, tables, of_task = with_controls(), max(1, run.pages // 2), [], {}
     for task in TASKS:
-        measured, T = run.measure("large", task, LARGE_PAGE, flat(rows), num=num)
-        where = place(task, LARGE_PAGE, T)
-        tables += [grid(f"Accuracy, {where}, {num} pages, %", BUDGETS, rows, measured, readme=True),
-                   grid(f"sparsemm minus each other method, {where}, points", BUDGETS,
-                        against(rows, "sparsemm"), measured),
-                   grid(f"Layers and heads in sparsemm's gain over snapkv, {where}, points",
-                        BUDGETS, split_gain(rows), measured)]
-        claims += method_claims(f"{task}s, large pages", measured, T, rows)
-    return dict(facts=dict(pages=num, size=LARGE_PAGE), tables=tables, claims=claims)
+        of_task[task], T = run.measure("large", task, LARGE_PAGE, flat(rows), num=num)
+        tables += comparison(f"{place(task, LARGE_PAGE, T)}, {num} pages", of_task[task], rows)
+    on = f"large pages ({LARGE_PAGE[0]} x {LARGE_PAGE[1]})"
+    claims = [claim(f"`sparsemm` is better than `snapkv` on {on}, {ON_LARGE} entries",
+                    RIVALS["snapkv"][1].split(";")[0],
+                    differences(of_task, rows["sparsemm"], rows["snapkv"], ON_LARGE), above=0),
+              claim(f"`sparsemm` loses no more than a point to the full cache on {on}, "
+                    f"{NEARLY_FULL} entries", "0 on DocVQA and OCRBench, at 256",
+                    differences(of_task, rows["sparsemm"], rows["full"], NEARLY_FULL), above=-0.01)]
+    return dict(facts=dict(pages=num, size=LARGE_PAGE), tables=tables, claims=claims,
+                split=gain(of_task, rows, ", large pages", ON_LARGE))
 
 
 def ablation(run):
     """The three parts of the budget, the uniform share rho, and the window."""
-    size, tables, claims = run.reading_size(), [], []
+    size, tables, of_task = run.reading_size(), [], {}
     parts = {"window": row(method="window"), "window + uniform": row(rho=1.0),
              "window + uniform + score": row()}
     shares = {rho: row(rho=rho) for rho in (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)}
@@ -502,26 +526,21 @@ def ablation(run):
     bare = {rho: row(rho=rho, window=1) for rho in (0.0, 0.1)}    # heads without score keep one
     for task in TASKS:
         measured, T = run.measure("ablation", task, size, flat(parts, shares, windows, bare))
-        where, low = place(task, size, T), tight(T)
+        where, of_task[task] = place(task, size, T), measured
         tables += [grid(f"Parts of the budget, {where}, %", BUDGETS, parts, measured),
                    grid(f"Uniform share, {where}, %", BUDGETS,
                         {f"rho = {rho:g}": r for rho, r in shares.items()}, measured),
                    grid(f"Uniform share where the window is 1, {where}, %", BUDGETS,
                         {f"rho = {rho:g}": r for rho, r in bare.items()}, measured),
                    grid(f"Window, {where}, %", BUDGETS, windows, measured)]
-        (_, window), (_, uniform), (_, score) = parts.items()
-        claims += [
-            claim(f"uniform entries help, up to a quarter of the prompt, {task}s",
-                  "+6.7 at 48, +2.0 at 128 (MMBench)", compared(measured, uniform, window, low),
-                  positive),
-            claim(f"entries by score help further, {task}s", "+4.0 at 48, +2.2 at 128 (MMBench)",
-                  compared(measured, score, uniform, low), positive),
-            claim(f"without a uniform share accuracy collapses, {task}s",
-                  "0.519 to 0.145 (Mistral)", compared(measured, shares[0.0], shares[0.1], low),
-                  negative),
-            claim("without a uniform share accuracy falls if the window is a single entry, "
-                  f"{task}s", "not measured", compared(measured, bare[0.0], bare[0.1], low),
-                  negative)]
+    claims = [claim(f"entries shared out evenly help beside the window, {CLAIMED} entries",
+                    "+4.1 MMBench, at 64", differences(
+                        of_task, parts["window + uniform"], parts["window"]), above=0),
+              claim(f"accuracy falls without the uniform share (rho 0, not 0.1), {CLAIMED} entries",
+                    "from 0.519 to 0.145 (Mistral)",
+                    differences(of_task, shares[0.0], shares[0.1]), below=0),
+              claim(f"the same if the window is one entry, {CLAIMED} entries", "not measured",
+                    differences(of_task, bare[0.0], bare[0.1]), below=0)]
     return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=claims)
 
 
@@ -529,7 +548,7 @@ def masking(run, seeds=10):
     """The visual heads switched off, against random sets of other heads: their outputs, and for 5 %
     of the heads their queries, too."""
     size, num, s = run.reading_size(), max(1, run.pages // 2), run.tables["aligned"]
-    sets, tables, claims = head_sets(s, seeds), [], []
+    sets, tables, costs = head_sets(s, seeds), [], {}
     few = min((count for count, _ in sets), key=lambda count: abs(count / s.numel() - 0.05))
     fewer = {key: of for key, of in sets.items() if key[0] == few}
     for task in TASKS:
@@ -541,16 +560,15 @@ def masking(run, seeds=10):
                 ["masked", "visual heads", f"random heads, mean of {seeds} sets",
                  "visual minus none", "random minus none", "single random sets minus none",
                  "visual minus random"], rows))
-            label, *_, drop, control, _, _ = next(r for r in rows if r[0].startswith(f"{few} of"))
-            how = "" if what == "outputs" else " (queries set to zero, as the authors do)"
-            claims += [claim(f"masking the top 5 % of the heads hurts{how}, {task}s",
-                             "-20 OCRBench, -15 TextVQA", {label: drop}, negative),
-                       claim("masking as many random heads costs less than 3 points"
-                             f"{how}, {task}s", "< 3", {label: control}, lambda f: f[0] > -0.03)]
             if of is sets:
-                claims.append(claim("masking the top 10 % costs more than as many random heads, "
-                                    f"{task}s", "not measured", {rows[-1][0]: rows[-1][-1]},
-                                    negative))
+                costs[f"{task}s"] = [next(r for r in rows if r[0].startswith(f"{few} of")),
+                                     rows[-1]]
+    claims = [claim("masking the top 5 % of the heads costs accuracy", "-20 OCRBench, -15 TextVQA",
+                    {task: at[0][3] for task, at in costs.items()}, below=0),
+              claim("masking as many random heads costs less than 3 points", "< 3",
+                    {task: at[0][4] for task, at in costs.items()}, above=-0.03),
+              claim("masking the top 10 % costs more than masking as many random heads",
+                    "not measured", {task: at[1][6] for task, at in costs.items()}, below=0)]
     return dict(facts=dict(pages=num, size=size, sets=[[str(key), of] for key, of in sets.items()]),
                 tables=tables, claims=claims)
 
@@ -598,23 +616,24 @@ def robustness(run):
              *((name, "detection") for name in ocr), *((count, "OCR, all") for count in counts)]
     agreement = [[f"{a} / {b}", *(resampled([sources[a], sources[b]], of)
                                   for of in (rank_correlation, overlap))] for a, b in pairs]
-    among, r = min(agreement[:3], key=lambda line: line[1][0]), rank_correlation
+    least, r = min((line[1] for line in agreement[:3]), key=lambda cell: cell[0]), rank_correlation
     apart = resampled(list(kinds.values()), lambda a, b, c, d: (
         r(a, b) + r(a, c) + r(b, c) - r(a, d) - r(b, d) - r(c, d)) / 3)
     tables = [table(f"Agreement of scores, {num} pages of each kind, {len(pages)} of all, %",
                     ["", "rank correlation", "common heads of the top 5 %"], agreement)]
-    claims = [claim("scores from different kinds of OCR agree", "highly consistent",
-                    {among[0]: among[1]}, lambda f: f[1] > 0.8, signed=False),
-              claim("they agree better than with scores from detection", "better",
-                    {"mean rank correlation": apart}, positive)]
+    of_task = {}
     rows = {name: row(TIGHT, scores=name) for name in sources}
     for task in TASKS:
-        measured, T = run.measure("robustness", task, size, flat(rows))
+        of_task[task], T = run.measure("robustness", task, size, flat(rows))
         tables.append(grid(f"sparsemm by where its scores come from, {place(task, size, T)}, %",
-                           TIGHT, rows, measured))
-        places = [i for i in tight(T) if i < len(TIGHT)]
-        claims.append(claim(f"scores from OCR serve better than from detection, {task}s", "better",
-                            compared(measured, rows[ocr[0]], rows["detection"], places), positive))
+                           TIGHT, rows, of_task[task]))
+    claims = [claim("scores from lines, receipts and letters agree: the lowest rank correlation of "
+                    "two is above 0.8", "highly consistent", {"": least}, above=0.8, signed=False),
+              claim("they agree better with one another than with scores from naming shapes "
+                    "(difference of the mean correlations)", "better", {"": apart}, above=0),
+              claim(f"scores from lines of text serve better than from naming shapes, {CLAIMED} "
+                    "entries", "better", differences(of_task, rows[ocr[0]], rows["detection"]),
+                    above=0)]
     return dict(facts=dict(pages=run.pages, scoring_pages=len(pages), size=size), tables=tables,
                 claims=claims)
 
@@ -698,7 +717,7 @@ def beyond(run):
         f"At how many of {len(BUDGETS) * len(TASKS)} budgets and tasks a change of the method "
         f"shows on test pages, {size[0]} x {size[1]} pixels",
         ["", "better by more than the interval", "worse by more than the interval",
-         "better and never worse on development pages"], counts, "", readme=True))
+         "better and never worse on development pages"], counts, ""))
     return dict(facts=dict(pages=run.pages, size=size), tables=tables, claims=[])
 
 
@@ -732,7 +751,7 @@ def fastv(run, layer=2):
             f"{what}{', %' if unit == '%' else ''}; FastV after {layer} layers, {where}",
             ["image tokens that stay", *hows],
             [[f"{kept:.0%}", *(interval(done[:, j, m, i]) for m in range(len(hows)))]
-             for j, kept in enumerate(shares)], unit, readme=i == 0))
+             for j, kept in enumerate(shares)], unit))
     return dict(facts=dict(pages=num, size=size), tables=tables, claims=[])
 
 
@@ -745,7 +764,11 @@ PARTS = dict(heads=heads, main=main_part, large=large, ablation=ablation, maskin
 def parse_arguments(argv):
     parser = OneLineParser(prog="reproduce.py",
                            description="Rerun the paper's claims; write JSON files and tables.")
-    parser.add_argument("part", nargs="?", choices=(*PARTS, "all", "readme"), default="all")
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all", "published", "results"),
+                        default="all")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="score files, for published")
+    parser.add_argument("--kv-heads", type=whole_number(1), metavar="N",
+                        help="a layer's, in these files (default: as many as query heads)")
     parser.add_argument("--model", nargs="+", metavar="DIR",
                         help="checkpoints' folders or hub ids (default: the ones in tiny/)")
     parser.add_argument("--quick", action="store_true",
@@ -758,7 +781,7 @@ def parse_arguments(argv):
     parser.add_argument("--sizes", nargs="+", type=page_size, metavar="WxH",
                         default=[(256, 128), (256, 256), (256, 384)], help="of pages, in pixels")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE",
-                        help="what the part readme rewrites")
+                        help="whose table the part results rewrites")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--seed", type=whole_number(0), default=0)
@@ -768,7 +791,9 @@ def parse_arguments(argv):
     args.scoring_pages = args.scoring_pages or (100 if args.quick else 1000)
     args.sizes = sorted(set(args.sizes), key=lambda size: size[0] * size[1])
     args.model = args.model or [str(path) for path in SMALL_MODELS if path.is_dir()]
-    if not args.model and args.part != "readme":
+    if args.files and args.part != "published" or args.part == "published" and not args.files:
+        parser.error("argument FILE: score files are right for the part published, and only there")
+    if not args.model and args.part not in ("published", "results"):
         parser.error(f"argument --model: none in {DEFAULT_MODEL.parent}; a checkpoint's folder is "
                      "right")
     return parser, args
@@ -786,6 +811,27 @@ def describe(args, run, part, model):
         machine=machine_name(run.model.device),
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       transformers=transformers.__version__))
+
+
+def published(args):
+    """Stores how uneven the scores of some files are, in published.json beside other results."""
+    path = args.out / "published.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for file in map(Path, args.files):
+        try:
+            keys = [list(map(int, key.split("-"))) for key in json.loads(file.read_text())]
+            L, H = (max(place) + 1 for place in zip(*keys))
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(f"{file}: has no scores by \"layer-head\"") from None
+        if H % (args.kv_heads or H):
+            raise ValueError(f"--kv-heads {args.kv_heads}: {file} has {H} heads a layer; a divisor "
+                             "is right")
+        scores = kv_head_scores(read_head_scores(file, L, H), args.kv_heads or H)
+        stored[file.stem] = unevenness(scores)
+        print("\n".join([file.stem, *(f"    {name}: {show(of)} %"
+                                      for name, of in stored[file.stem].items())]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(stored, path)
 
 
 def run_parts(args, name):
@@ -807,8 +853,10 @@ def run_parts(args, name):
 def main(argv=None):
     parser, args = parse_arguments(argv)
     try:
-        if args.part == "readme":
-            return write_readme(args.readme, args.out, PARTS)
+        if args.part == "results":
+            return write_results(args.out, PARTS, args.readme)
+        if args.part == "published":
+            return published(args)
         for name in args.model:
             run_parts(args, name)
     except (ValueError, OSError) as error:

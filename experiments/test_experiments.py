@@ -287,6 +287,51 @@ def test_figures_by_hand():
     assert report.show([0.912, 0.88, 0.94]) == "91.2 [88.0, 94.0]" and report.show(-1e-9) == "0.0"
 
 
+def test_a_claim_holds_fails_or_is_not_shown():
+    """By its interval alone; a difference that is zero within its interval decides nothing."""
+    for figure, above, expected in (
+            ([0.1, 0.05, 0.15], 0, "yes"), ([-0.1, -0.15, -0.05], 0, "no"),
+            ([0.1, -0.05, 0.25], 0, "not shown"), ([0.0, 0.0, 0.0], 0, "not shown"),
+            ([0.0, 0.0, 0.0], -0.01, "yes"), ([0.6, 0.4, 0.8], 0.5, "not shown")):
+        assert report.verdict(figure, above=above) == expected
+        assert report.verdict([-x for x in figure][:1] + [-figure[2], -figure[1]],
+                              below=-above) == expected                            # mirrored
+    assert report.verdict([0.0, -0.02, 0.02], above=-0.03, below=0.03) == "yes"
+    assert report.verdict([0.04, 0.02, 0.06], above=-0.03, below=0.03) == "not shown"
+    assert report.verdict([0.05, 0.04, 0.06], above=-0.03, below=0.03) == "no"
+    of = {("questions", "a"): "yes", ("questions", "b"): "no", ("transcripts", "a"): "yes",
+          ("transcripts", "b"): "yes"}
+    assert report.holds(of) == "yes; no: questions b"
+    assert report.holds(of | {("questions", "a"): "no"}) in ("no; yes: transcripts",
+                                                             "yes; no: questions")
+    assert report.holds(of | {("transcripts", "b"): "no"}) in ("yes; no: b", "no; yes: a")
+    assert report.holds({("", "a"): "no", ("", "b"): "no"}) == "no"
+
+
+def test_unevenness_by_hand(tmp_path, capsys):
+    """Two layers of two KV heads: all alike, one layer alone, one head of each layer."""
+    def of(s):
+        return reproduce.unevenness(torch.tensor(s, dtype=torch.float64))
+    between, by_chance = "variance of the scores between layers", 1 / 3
+    assert of([[1, 1], [1, 1]])[between] == 0 == of([[1, 1], [1, 1]])[
+        "Gini coefficient of the heads"]
+    assert of([[1, 1], [0, 0]])[between] == pytest.approx(1)
+    assert of([[1, 1], [0, 0]])[report.STRONGEST] == 1
+    assert of([[1, 0], [1, 0]])[between] == pytest.approx(0)
+    assert of([[1, 0], [1, 0]])["Gini coefficients inside layers, weighted by the layers' sums"] \
+        == pytest.approx(0.5)
+    assert of([[1, 0], [0, 0]])[between] == pytest.approx(by_chance)
+    assert of([[1, 0], [0, 0]])["the same if heads were dealt to layers by chance"] == by_chance
+    assert of([[1, 0.1], [0.09, 0]])["heads with a tenth of the best head's score"] == 0.5
+    assert of([[1, 0.1], [0.09, 0]])["the same in the layer that has most"] == 1
+    # a file of query heads, and what is stored of it
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({f"{l}-{h}": [1.0, 2.0 * h] for l in range(2) for h in range(4)}))
+    reproduce.main(["published", str(file), "--kv-heads", "2", "--out", str(tmp_path / "out")])
+    stored = json.loads((tmp_path / "out" / "published.json").read_text())
+    assert stored == {"some": of([[4, 12], [4, 12]])} and "some" in capsys.readouterr().out
+
+
 REPRODUCE = ["--pages", "1", "--scoring-pages", "8", "--sizes", "128x64"]
 
 
@@ -323,22 +368,49 @@ def test_every_claim_is_rerun_and_reaches_the_readme(checkpoints, tmp_path, caps
     (_, *whole), (_, *layers), (_, *heads), _ = split["rows"]
     assert all(a[0] == pytest.approx(b[0] + c[0]) for a, b, c in zip(whole, layers, heads))
     assert Image.open(tmp_path / "out" / "main-qwen.png").width > 800
-    readme = tmp_path / "README.md"
+    readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
     readme.write_text("before\n<!-- results -->\nprevious\n<!-- /results -->\nafter\n")
     for _ in range(2):                                                   # again changes nothing
-        reproduce.main(["readme", "--readme", str(readme), "--out", str(tmp_path / "out")])
-        text = readme.read_text()
-        assert text.startswith("before\n<!-- results -->\n|") and "previous" not in text
-        assert text.endswith("<!-- /results -->\nafter\n")
-    assert "vicuna (MHA) | qwen (GQA)" in text and "(out/main-qwen.png)" in text
-    assert all(f"* [{part}, qwen](out/{part}-qwen.md): `python" in text
-               for part in reproduce.PARTS)
+        reproduce.main(["results", "--readme", str(readme), "--out", str(tmp_path / "out")])
+        text, results = readme.read_text(), page.read_text()
+        assert text.startswith("before\n<!-- results -->\nAccuracy, transcripts, 128 x 64 pixels")
+        assert text.endswith("<!-- /results -->\nafter\n") and "previous" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(METHODS) and rows[-1].startswith("| `full` |")
+    assert all(row.count("|") == len(reproduce.BUDGETS) + 2 and "[" not in row for row in rows)
+    assert "| vicuna (MHA) | qwen (GQA) | holds? |" in results and "(out/main-qwen.png)" in results
+    assert all(f"[qwen](out/{part}-qwen.md)" in results for part in reproduce.PARTS)
+    claims = {c["claim"]: c for part in stored.values() for c in part["claims"]}
+    assert 15 <= len(claims) <= 25
+    for text, c in claims.items():                              # one row each, with its intervals
+        [line] = [line for line in results.splitlines() if line.startswith(f"| {text} |")]
+        assert line.count("|") == 6 and report.figures_of(c) in line
+        assert c["figures"].keys() == c["verdicts"].keys() <= {"", "questions", "transcripts"}
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="must have <!-- results -->"):
+        report.write_results(tmp_path / "out", reproduce.PARTS, readme)
+    assert "| questions, 64 entries | qwen |" in results
+    assert "| transcripts, large pages, 128 entries | qwen |" in results
     assert "512 x 512 pixels" in stored["large-qwen.json"]["tables"][0]["title"]
-    for part in ("heads", "main", "large", "beyond", "fastv"):
-        table = next(t for t in stored[f"{part}-qwen.json"]["tables"] if t["readme"])
-        label, *cells = table["rows"][0]
-        assert f"#### {part}, qwen (GQA)" in text and table["title"] in text
-        assert "| " + " | ".join([label, *(show(x, table["unit"]) for x in cells)]) + " |" in text
+    assert "| the strongest layer's share | " in results and "published" not in stored
+
+
+def test_generated_tables_are_those_of_what_is_stored(tmp_path):
+    """BENCHMARKS.md and the models' card say what `python experiments/report.py` writes."""
+    shutil.copytree(HERE / "experiments" / "results", tmp_path / "results",
+                    ignore=shutil.ignore_patterns("pages"))
+    for source, rewrite in ((HERE / "experiments" / "BENCHMARKS.md", report.bench_page),
+                            (DEFAULT_MODEL.parent / "README.md", report.card)):
+        for folder in source.parent.iterdir() if rewrite is report.card else ():
+            if folder.is_dir():
+                (tmp_path / folder.name).symlink_to(folder)
+        page = tmp_path / source.name
+        shutil.copy(source, page)
+        rewrite(page)
+        assert page.read_text() == source.read_text()
+    page.write_text(page.read_text().replace("<!-- reading -->", ""))
+    with pytest.raises(ValueError, match="<!-- reading -->"):
+        report.card(page)
 
 
 def test_stored_commands_name_the_model_as_it_is_typed():
@@ -366,7 +438,9 @@ def test_a_stopped_reproduction_goes_on(checkpoints, monkeypatch, tmp_path, caps
     capsys.readouterr()
     for arguments, expected in (
             (["masking", "--seed", "1"], "other settings"), (["masks"], "masks"),
-            (["readme", "--readme", "none"], "none"), (["masking", "--pages", "0"], "--pages"),
+            (["results"], "part main"), (["masking", "--pages", "0"], "--pages"),
+            (["published"], "FILE"), (["masking", "--seed", "0", "some.json"], "some.json"),
+            (["published", "none.json"], "none.json"),
             (["main", "--sizes", "9x9"], "at least 32")):
         with pytest.raises(SystemExit) as end:
             reproduced(folder, tmp_path / "cut", *arguments)
@@ -468,6 +542,32 @@ def test_pictures(checkpoints, tmp_path):
                         token_ids=[40, 41, 42])
     assert Image.open(tmp_path / "a.gif").n_frames == 3
     assert Image.open(tmp_path / "a.png").size == Image.open(tmp_path / "a.gif").size
+    draw.heat_maps({"a": torch.rand(8, 8), "b": torch.rand(32, 32)}, tmp_path / "maps.png")
+    assert Image.open(tmp_path / "maps.png").width > 2 * 224
+
+
+def test_shown_heads_are_the_best_of_several_layers_and_one_of_the_worst():
+    scores = torch.tensor([[0.1, 0.3], [0.0, 0.2], [0.9, 0.8], [0.7, 0.6]])
+    assert draw.heads_to_show(scores) == [(2, 0), (3, 0), (0, 1), (1, 0)]
+
+
+def test_the_picture_of_what_is_kept_darkens_what_is_evicted(checkpoints, tmp_path, monkeypatch):
+    """A white page at a budget that evicts most of it: as many patches are dark as are evicted, and
+    a larger page makes no larger picture."""
+    ours, scores = checkpoints["qwen"][2], torch.rand(3, 6, dtype=torch.float64)
+    shades, painted = [], draw.painted
+    monkeypatch.setattr(draw, "painted", lambda picture, image, shade: shades.append(shade)
+                        or painted(picture, image, shade))
+    for side in (160, 640):
+        draw.show_kept(ours, Image.new("RGB", (side, side), "white"), "Hi", scores, 40,
+                       tmp_path / f"{side}.png")
+    page = draw.prepare(ours, [Image.new("RGB", (160, 160), "white")], "Hi")
+    keep = draw.prefill(ours, page).keep(draw.Setting("snapkv", 40), {})
+    image = slice(page.starts[0], page.starts[0] + len(page.images[0]))
+    best = int(draw.kv_head_scores(scores, 2).argmax())
+    evicted = ~keep.flatten(0, 1)[best, image]
+    assert [covered > 0 for _, covered in shades[0]] == evicted.tolist() and evicted.any()
+    assert Image.open(tmp_path / "160.png").size == Image.open(tmp_path / "640.png").size
 
 
 def test_pictures_are_written_whole_or_not_at_all(monkeypatch, tmp_path):

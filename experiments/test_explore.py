@@ -39,8 +39,9 @@ def shown(page, state, profile):
     dom = subprocess.run([BROWSER, *FLAGS, f"--user-data-dir={profile}", f"{page.as_uri()}#{state}"],
                          capture_output=True, text=True, timeout=120).stdout
     texts = re.findall(r'<(?:output|b|h2|p|span) [^>]*id="([\w-]+)"[^>]*>([^<]*)<', dom)
+    address = re.findall(r'id="(address)"[^>]*href="([^"]*)"', dom)
     labels = re.findall(r'data-head="(\d+-\d+)"[^>]*aria-label="([^"]*)"', dom)
-    return {name: unescape(text) for name, text in texts + labels}
+    return {name: unescape(text) for name, text in texts + labels + address}
 
 
 def command(*options):
@@ -66,6 +67,29 @@ def test_page_shows_the_numbers_of_the_command(made, tmp_path, method, budget):
     for l, row in enumerate(result["kept"]):
         for g, n in enumerate(row):
             assert see[f"{l}-{g}"] == f"layer {l} head {g}: {n} of {T} entries kept"
+
+
+MOVES = """<script>setTimeout(() => {
+  const slider = document.getElementById("budget");
+  slider.value = 2, slider.dispatchEvent(new Event("input", { bubbles: true }));
+  document.querySelector('[value="snapkv"]').click();
+  const cell = document.querySelector('[data-head="7-1"]');
+  cell.click(), cell.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowUp", bubbles: true }));
+  document.querySelector('[data-head="0-2"]').dispatchEvent(
+    new PointerEvent("pointerover", { pointerType: "mouse", bubbles: true }));
+}, 2000)</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_slider_method_and_keys_move_what_is_shown(made, tmp_path):
+    """The cursor over a head shows it for as long as it is there."""
+    moved = tmp_path / "moved.html"
+    moved.write_text(made[1].read_text(encoding="utf-8") + MOVES, encoding="utf-8")
+    there = shown(made[1], "method=snapkv&budget=96&head=0-2", tmp_path / "a")
+    here = shown(moved, "method=full&budget=48&head=0-0", tmp_path / "b")
+    assert here.pop("address") == "#method=snapkv&budget=96&head=6-1&query=0&token=1"
+    assert there.pop("address") == "#method=snapkv&budget=96&head=0-2&query=0&token=1"
+    assert here == there and "96 of" in here["budget-now"]
 
 
 def test_page_is_small_and_loads_nothing(made):
