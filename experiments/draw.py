@@ -122,9 +122,10 @@ def heat_maps(named, path, side=224):
 # ---- what heads look at, and what they keep ------------------------------------------------------
 
 def panel_of(picture):
-    """A page as panels show it: (picture at twice PANEL's width, its scale)."""
-    scale = 2 * PANEL / picture.width
-    return picture.resize((2 * PANEL, max(1, round(scale * picture.height)))), scale
+    """A page as panels show it: (picture at twice PANEL's width or, of a very tall page, at eight
+    times PANEL's height, its scale)."""
+    scale = min(2 * PANEL / picture.width, 8 * PANEL / picture.height)
+    return picture.resize([max(1, round(scale * side)) for side in picture.size]), scale
 
 
 def painted(picture, image, shades):

@@ -52,8 +52,8 @@ BUDGETS = (48, 64, 96, 128, 256, 512)
 TEXT = 3                                    # beside the kinds of image tokens: text of the prompt
 LIMIT = 3_000_000                           # bytes of the file
 FAINT = 8                                   # of 255: weights of less than 0.1 % are not drawn
-DETAIL = ((48, 64), (48, 24), (24, 16), (12, 12), (6, 8), (3, 8), (0, 0))   # tokens with weights, and
-                                            # on how many patches: the first that fits is taken
+DETAIL = ((48, 64), (48, 24), (24, 16), (12, 12), (6, 8), (3, 8), (0, 0))   # tokens with weights,
+                                            # and on how many patches: the first that fits is taken
 ABOUT = {"full": "evicts nothing",
          "sparsemm": "budgets by visual head score",
          "snapkv": "the same budget for every head",

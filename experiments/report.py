@@ -28,6 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import METHODS
+from experiments.draw import line_charts
 from sparsemm import DEFAULT_MODEL, write_file
 
 HERE = Path(__file__).resolve().parent
@@ -244,6 +245,8 @@ def write_results(out, parts, readme):
              VERDICTS, "", *claims_table(found), *pyramid(found)]
     if split := split_table(found):
         lines += ["", "## Layers and heads", "", SPLIT, "", *split]
+    bytes_chart(found, out / "bytes.png")
+    lines += ["", "## Accuracy and bytes", "", f"![Accuracy against bytes held]({link('bytes.png')})"]
     if uneven:
         lines += ["", "## How uneven head scores are, %", "", UNEVEN, "", *uneven]
     lines += ["", "## All tables", "", *parts_table(found, link)]
@@ -290,6 +293,23 @@ def methods_table(found):
     return "\n".join([f"{stored['title']} (`{results['model']}`), by entries per head:", "",
                       *rows_of(["method", *stored["head"][1:]],
                                [[f"`{name}`", *cells] for name, cells in rows.items()])])
+
+
+def bytes_chart(found, path):
+    """A PNG: accuracy on transcripts against the kB of cache held, a panel for each model."""
+    panels, ticks = {}, (25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12800)
+    for results in found.get("main", []):
+        width, height = results["facts"]["size"]
+        kb = results["layers"] * results["kv_heads"] * results["entry_bytes"] / 1000
+        accuracy, kept = (next(t["rows"] for t in results["tables"] if t["title"].startswith(
+            f"{what}, transcripts, {width} x {height} pixels"))
+            for what in ("Accuracy", "Entries really kept per head"))
+        kept = {label: cells for label, *cells in kept}
+        panels[f"{results['model']} ({results['attention']})"] = {
+            label: sorted({(kb * n[0], of[0]) for n, of in zip(kept[label], cells) if n and of})
+            for label, *cells in accuracy if label in METHODS}
+    line_charts(panels, path, "Accuracy on transcripts (%) against bytes of cache",
+                "kB of keys and values held", ticks)
 
 
 def fill(path, parts, argument):

@@ -805,6 +805,7 @@ def describe(args, run, part, model):
     return dict(
         part=part, model=run.name, attention="MHA" if c.heads == c.kv_heads else "GQA",
         layers=c.layers, heads=c.heads, kv_heads=c.kv_heads, seed=args.seed,
+        entry_bytes=2 * c.head_dim * run.model.dtype.itemsize,
         command=f"python experiments/reproduce.py {part} --model {as_typed(model)} --pages "
                 f"{args.pages} --scoring-pages {args.scoring_pages} --sizes "
                 f"{' '.join(f'{w}x{h}' for w, h in args.sizes)} --seed {args.seed}",

@@ -36,8 +36,8 @@ def made(request, tmp_path_factory):
 
 def shown(page, state, profile):
     """{id: text} of what a browser shows of the page at this address."""
-    dom = subprocess.run([BROWSER, *FLAGS, f"--user-data-dir={profile}", f"{page.as_uri()}#{state}"],
-                         capture_output=True, text=True, timeout=120).stdout
+    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", f"{page.as_uri()}#{state}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     texts = re.findall(r'<(?:output|b|h2|p|span) [^>]*id="([\w-]+)"[^>]*>([^<]*)<', dom)
     address = re.findall(r'id="(address)"[^>]*href="([^"]*)"', dom)
     labels = re.findall(r'data-head="(\d+-\d+)"[^>]*aria-label="([^"]*)"', dom)
