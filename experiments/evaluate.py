@@ -36,8 +36,8 @@ from experiments.arguments import output_folder, share, whole_number
 from experiments.metrics import (anls, choose, cider, circular, contains, relaxed_match,
                                  vqa_accuracy)
 from experiments.miniatures import make_miniatures
-from model_llava import load, open_image
-from score_heads import gather, process_and_processes
+from model_llava import load, open_image, weight_files
+from score_heads import checksum, gather, process_and_processes
 from sparsemm import (SCORES_FILE, add_model_arguments, find_head_scores, generate, write_file,
                       write_json)
 
@@ -391,7 +391,8 @@ def prepare_folder(args, model, scores, process):
     settings = dict(
         task=args.task, data=fingerprint(Path(args.data).read_bytes()),
         model=Path(args.model).name if Path(args.model).is_dir() else args.model,
-        dtype=str(model.dtype), window=args.window, rho=args.rho,
+        weights=checksum(weight_files(model.folder)), dtype=str(model.dtype),
+        window=args.window, rho=args.rho,
         redistribute=not args.no_redistribute, seed=args.seed,
         scores=None if scores is None else fingerprint(scores.numpy().tobytes()))
     try:

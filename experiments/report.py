@@ -275,7 +275,7 @@ SPLIT = """What `sparsemm` gains over `snapkv`, in points: what the layers' shar
 layer's scores dealt anew among its heads."""
 UNEVEN = """Of KV heads, which have the sum of their query heads' scores. What is published comes
 from the authors' files (`reproduce.py published FILE`), and is what large models come to by
-themselves. In the small models few heads look because a penalty in training taught them so."""
+themselves. The small models were trained on nothing but reading, and look as whole layers."""
 
 
 def methods_table(found):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model_llava
@@ -960,6 +961,14 @@ def test_an_evaluation_is_resumed_after_a_kill(checkpoints, monkeypatch, capfd, 
         [40 * 3 * 2, 60 * 3 * 2]
     line = rejected(capfd, *command, "--out", cut, "--window", 20, main=evaluate.main)
     assert "--out" in line and "another window" in line
+    other = tmp_path / "other" / folder.name                      # a folder of the same name
+    shutil.copytree(folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors")
+    monkeypatch.setattr(ours, "folder", other)
+    line = rejected(capfd, *command, "--out", cut, main=evaluate.main)
+    assert "--out" in line and "another weights" in line
 
 
 def evaluation(checkpoints, folder):
