@@ -26,6 +26,7 @@ import re
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -106,10 +107,11 @@ def write(model, inputs, cache, logits, start, max_new_tokens, stream=None):
     text = Streamer(model.processor.tokenizer, stream)
     step = decoding_step(model, cache)
     text.show(tokens)
-    while tokens[-1] not in model.processor.end_tokens and len(tokens) < max_new_tokens:
-        logits = step(tokens[-1], inputs.next_position + len(tokens) - 1)
-        tokens.append(greedy_token(model, logits, len(tokens)))
-        text.show(tokens)
+    with one_thread_if_small(model):
+        while tokens[-1] not in model.processor.end_tokens and len(tokens) < max_new_tokens:
+            logits = step(tokens[-1], inputs.next_position + len(tokens) - 1)
+            tokens.append(greedy_token(model, logits, len(tokens)))
+            text.show(tokens)
     end = clock(model)
     entry_bytes = 2 * c.head_dim * model.dtype.itemsize
     return dict(text=text.show(tokens, last=True), token_ids=tokens, new_tokens=len(tokens),
@@ -117,6 +119,19 @@ def write(model, inputs, cache, logits, start, max_new_tokens, stream=None):
                 cache_bytes=cache_bytes, full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
                 allocated_bytes=cache.allocated_bytes(), prefill_seconds=prefilled - start,
                 decode_seconds=end - prefilled)
+
+
+@contextmanager
+def one_thread_if_small(model):
+    """On a CPU, decoding with weights that its caches hold (64 MB) is no faster on several threads,
+    and where another program keeps a core busy they wait for each other in every product."""
+    threads, weights = torch.get_num_threads(), model.decoder.parameters()
+    small = model.device.type == "cpu" and sum(w.nbytes for w in weights) < 2**26
+    torch.set_num_threads(1 if small else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def greedy_token(model, logits, number):

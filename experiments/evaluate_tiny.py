@@ -158,7 +158,8 @@ def main(argv=None):
     about = dict(command=f"python experiments/evaluate_tiny.py --model {as_typed(args.model)} "
                          f"--num {args.num} --transcripts {transcripts} --seed {args.seed} "
                          f"--kinds {' '.join(args.kinds)} --sizes {sizes}"
-                         + " --fonts DIR" * bool(fonts) + " --wild" * args.wild, fonts=fonts or ["Pillow's built-in"],
+                         + " --fonts DIR" * bool(fonts) + " --wild" * args.wild,
+                 fonts=fonts or ["Pillow's built-in"],
                  machine=machine_name(model.device),
                  torch=torch.__version__, transformers=transformers.__version__, seed=args.seed,
                  results=results)

@@ -246,7 +246,8 @@ def write_results(out, parts, readme):
     if split := split_table(found):
         lines += ["", "## Layers and heads", "", SPLIT, "", *split]
     bytes_chart(found, out / "bytes.png")
-    lines += ["", "## Accuracy and bytes", "", f"![Accuracy against bytes held]({link('bytes.png')})"]
+    lines += ["", "## Accuracy and bytes", "",
+              f"![Accuracy against bytes held]({link('bytes.png')})"]
     if uneven:
         lines += ["", "## How uneven head scores are, %", "", UNEVEN, "", *uneven]
     lines += ["", "## All tables", "", *parts_table(found, link)]

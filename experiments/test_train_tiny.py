@@ -1,4 +1,4 @@
-"""Tests of train_tiny.py and tiny_layouts.py, in a few seconds: pytest experiments/test_train_tiny.py"""
+"""Tests of train_tiny.py and tiny_layouts.py: pytest experiments/test_train_tiny.py"""
 
 import random
 import re
