@@ -644,13 +644,9 @@ def test_second_question_goes_on_from_what_was_kept(checkpoints):
 
 class Operations(TorchDispatchMode):
     """Counts what is dispatched, views aside, and notes the largest tensor that comes out."""
-    VIEWS = ("view", "t", "numpy_T", "transpose", "split", "split_with_sizes", "chunk", "slice",
-             "select", "unbind", "expand", "flatten", "unsqueeze", "permute", "to", "detach",
-             "_reshape_alias", "lift_fresh", "item", "_unsafe_view")
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.elements = 0, 0
+    VIEWS = """view t numpy_T transpose split split_with_sizes chunk slice select unbind expand
+        flatten unsqueeze permute to detach lift_fresh item""".split()
+    count = elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -1172,13 +1168,10 @@ def test_shipped_model_writes_what_transformers_writes(tiny, name):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("prompt, known", [("What is the Rope?", True), ("Rope?", True),
-                                            ("Describe the picture.", False)])
-def test_a_small_model_says_what_it_was_not_taught(capfd, prompt, known):
-    cache.note.cache_clear()
-    _, err = run(capfd, "--image", HERE / "tiny" / "receipt.png", "--prompt", prompt,
-                 "--method", "snapkv", "--max-new-tokens", 1)
-    assert ("this small model knows" in err) == (not known)
+def test_a_small_model_says_what_it_was_not_taught(capfd):
+    for prompt, noted in (("Rope?", False), ("Describe the picture.", True)):
+        _, err = run(capfd, "--image", HERE / "tiny" / "receipt.png", "--prompt", prompt)
+        assert ("this small model knows" in err) == noted
 
 
 RESULT_KEYS = {"text", "token_ids", "prompt_tokens", "image_tokens", "method", "budget", "kept",
