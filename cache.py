@@ -160,7 +160,7 @@ def observed_attention(q, k, window=32, kernel=5):
 def select_entries(position_scores, budgets, T):
     """Which positions each head keeps, (G, T) bool: of the first T - w its best ones by
     position_scores (G, T-w), and the last w, which every head keeps; budgets[g] in all, (G,).
-    Of equal scores the lower position wins."""
+    Of equal scores the lower position wins. A prompt within the window is kept whole."""
     G, n = position_scores.shape
     order = position_scores.argsort(dim=1, descending=True, stable=True)
     places = order.argsort(dim=1)                           # of each position in that order, from 0
