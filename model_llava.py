@@ -629,7 +629,8 @@ class Qwen2VL(VisionLanguageModel):
 
     def span(self, image):
         """Positions (3, n) of an image's tokens, from 0: time stands still, rows and columns count.
-        They take as many positions as the longer side has tokens."""
+        They take as many positions as the longer side has tokens, so that none of the text's is
+        also one of theirs."""
         rows, columns = image.grid
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         return torch.stack([torch.zeros_like(y), y, x]).flatten(1), max(rows, columns)

@@ -145,7 +145,8 @@ MATCHES = {"aligned": align_tokens, "unique": unique_tokens}
 
 def tokens_in_box(image, box):
     """Indices of the grid tokens of image (ImageTokens) whose rectangle overlaps box (x0, y0, x1,
-    y1) with positive area."""
+    y1) with positive area. The thumbnail's do not count: one of them shows many words, and would
+    tell no word apart."""
     x0, y0, x1, y1 = image.boxes.unbind(1)
     width = x1.clamp(max=box[2]) - x0.clamp(min=box[0])
     height = y1.clamp(max=box[3]) - y0.clamp(min=box[1])
