@@ -46,6 +46,7 @@ from cache import inside, note, read_json, require
 
 THUMBNAIL, GRID, NEWLINE = 0, 1, 2          # the kinds of image tokens; Qwen2-VL has only GRID
 MLP_SLICE = 4096                            # how many tokens of a prompt go through an MLP at once
+PARTS = 32                                  # of a product of one row, see linear
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -214,6 +215,21 @@ def no_cache(layer, q, k, v):
     return prefill_attention(q, k, v)
 
 
+def linear(x, weight, add=None):
+    """x @ weight.T + add: x (T, n), weight (m, n), add (m,) or (T, m) -> (T, m).
+
+    On a CPU libraries leave a float32 product of one row to one thread, however large the weights.
+    In decoding all products are such, so they are given as PARTS products of m / PARTS columns."""
+    m, n = weight.shape
+    if len(x) == 1 and m % PARTS == 0 and not weight.is_cuda and weight.dtype == torch.float32 \
+            and torch.get_num_threads() > 1:
+        factors = x.expand(PARTS, 1, n), weight.view(PARTS, -1, n).mT
+        out = torch.bmm(*factors) if add is None else \
+            torch.baddbmm(add.view(PARTS, 1, -1), *factors)
+        return out.view(1, m)
+    return x @ weight.T if add is None else torch.addmm(add, x, weight.T)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -223,7 +239,8 @@ class Attention(nn.Module):
 
     def project(self, x, cos, sin):
         """x: (T, E) -> q (H, T, D), k, v (G, T, D); q and k turned by cos, sin (T, D)."""
-        qkv = self.qkv_proj(x).view(len(x), -1, self.D).transpose(0, 1)           # (H + 2*G, T, D)
+        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias)             # (T, (H + 2*G) * D)
+        qkv = qkv.view(len(x), -1, self.D).transpose(0, 1)                        # (H + 2*G, T, D)
         qk, v = qkv.split([self.H + self.G, self.G])
         q, k = rotate(qk, cos, sin).split([self.H, self.G])
         return q, k, v
@@ -254,11 +271,12 @@ class DecoderLayer(nn.Module):
     def add_attention(self, x, cos, sin, layer, attend):                        # (T, E) -> (T, E)
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         mixed = attend(layer, q, k, v).transpose(0, 1).flatten(1)            # (H, T, D) -> (T, H*D)
-        return torch.addmm(x, mixed, self.self_attn.o_proj.weight.T)           # x + o_proj(mixed)
+        return linear(mixed, self.self_attn.o_proj.weight, add=x)
 
     def add_mlp(self, x):                                                       # (T, E) -> (T, E)
-        gate, up = self.mlp.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
-        return torch.addmm(x, F.silu(gate) * up, self.mlp.down_proj.weight.T)
+        both = linear(self.post_attention_layernorm(x), self.mlp.gate_up_proj.weight)
+        gate, up = both.chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.mlp.down_proj.weight, add=x)
 
 
 class Decoder(nn.Module):
@@ -351,14 +369,14 @@ class VisionLanguageModel(nn.Module):
     def logits(self, hidden):
         """(..., E) -> (..., vocabulary)."""
         output = self.decoder.embed_tokens if self.config.tied else self.lm_head
-        return F.linear(hidden, output.weight)
+        return linear(hidden, output.weight)
 
     def decode(self, token, position, attend):
         """Of one more token: the logits (vocabulary,) that follow `token`, a text token, which
         stands at `position` on all three axes. Both are numbers, or tensors (1,)."""
         x = self.decoder.embed_tokens(torch.as_tensor(token, device=self.device).view(1))   # (1, E)
         positions = torch.as_tensor(position, device=self.device).expand(3, 1)
-        return self.logits(self.decoder(x, positions, attend)[0])
+        return self.logits(self.decoder(x, positions, attend))[0]
 
     def check_length(self, T, new):
         """Raises ValueError if a prompt's T tokens and `new` ones are more than attention spans,

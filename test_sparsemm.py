@@ -643,18 +643,31 @@ def test_second_question_goes_on_from_what_was_kept(checkpoints):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, views aside, and notes the largest tensor that comes out."""
+    """Counts what is dispatched, views aside, and notes the last and the largest that comes out."""
     VIEWS = """view t numpy_T transpose split split_with_sizes chunk slice select unbind expand
         flatten unsqueeze permute to detach lift_fresh item""".split()
     count = elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.count += function.__name__.split(".")[0] not in self.VIEWS
+        if (name := function.__name__.split(".")[0]) not in self.VIEWS:
+            self.count, self.last = self.count + 1, name
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return out
+
+
+@pytest.mark.parametrize("add", [None, torch.rand(96), torch.rand(1, 96)], ids=["no", "m", "1 m"])
+def test_a_product_of_one_row_is_that_of_its_parts(monkeypatch, add):
+    x, weight = torch.rand(1, 50), torch.rand(96, 50)
+    expected = F.linear(x.double(), weight.double()) + (0 if add is None else add)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        with Operations() as seen:
+            product = model_llava.linear(x, weight, add)
+        assert (product - expected).abs().max() < 1e-5 and seen.count == 1
+        assert ("bmm" in seen.last) == (threads == 2)
 
 
 @pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (8, 1)])
