@@ -3,8 +3,7 @@ offline, on small random models and the ones in tiny/.
 
     pytest test_sparsemm.py
 
-Letters as in the scripts: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head
-size, w window.
+Letters: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head size, w window.
 """
 
 import ast
@@ -57,8 +56,7 @@ SAMPLES = json.loads((HERE / "tiny" / "samples.json").read_text())
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
            "<|vision_end|>", "<|image_pad|>", "<unk>"]
-VOCABULARY = {token: i
-              for i, token in enumerate(SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)])}
+VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, "\n", *map(chr, range(32, 127))])}
 LLAVA_PINS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 REFERENCES = {"llava_next": LlavaNextForConditionalGeneration,
               "qwen2_vl": Qwen2VLForConditionalGeneration}
@@ -167,9 +165,8 @@ def tiny():
 
 
 def beside(command, **environment):
-    """Marks a test of what needs a process of its own, which starts with the session and runs
-    beside the other tests. command(checkpoints, folder): Python's arguments, with a folder for what
-    is written."""
+    """Marks a test of a process of its own, which runs beside the other tests from the start.
+    command(checkpoints, folder): Python's arguments, with a folder for what is written."""
     def mark(test):
         test.command, test.environment = command, environment
         return test
@@ -233,8 +230,7 @@ def reference_logits(reference, ours, prompt, images):
 # ---- budgets -------------------------------------------------------------------------------------
 
 def test_budgets_by_hand():
-    """2 layers x 2 heads, b = 64, w = 32, rho = 0.1: r = 3.2, to share by score 4 * 32 * 0.9 =
-    115.2."""
+    """2 layers x 2 heads, b = 64, w = 32, rho = 0.1: r = 3.2, by score 4 * 32 * 0.9 = 115.2."""
     s = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     #  32 + 3.2 + 28.8 = 64    35.2    35.2    32 + 3.2 + 86.4 = 121.6: the last takes the odd one
     assert allocate_budgets(s, 64, 500).tolist() == [[64, 35], [35, 122]]
@@ -308,8 +304,7 @@ def test_pyramid_budgets():
 def test_adakv_budgets():
     # n = 2 a head. Head 0 holds 9 of 10 in its best two, head 1 only 2 of 8: weights 0.9 and 0.25
     a = torch.tensor([[5.0, 4, 0.5, 0.5, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
-    # ranked: 4.5, 3.6, 0.45, 0.45 | 0.25 ...: all four best are head 0's; 0.8 * 4 + 0.2 * 2 = 3.6,
-    # and 0.4
+    # ranked: 4.5, 3.6, 0.45, 0.45 | 0.25 ...: the best four are head 0's; 0.8 * 4 + 0.4 = 3.6, 0.4
     assert cache.adakv_budgets(a, 6, 4).tolist() == [8, 4]
 
 
@@ -346,9 +341,7 @@ def brute_force_observation(q, k, window, kernel=5):
                 row = np.exp(row - row.max())
                 mean += (row / row.sum())[:T - window] / window / (H // G)
         for j in range(T - window):
-            around = [mean[i] if 0 <= i < T - window else 0.0
-                      for i in range(j - kernel // 2, j + kernel // 2 + 1)]
-            pooled[g, j] = sum(around) / kernel
+            pooled[g, j] = sum(mean[max(0, j - kernel // 2):j + kernel // 2 + 1]) / kernel
     return pooled
 
 
@@ -450,8 +443,7 @@ def test_large_logits_are_exact_in_half_precision(dtype, size, lengths):
     head's output, of the loop, of the packed twin and in prefill, is that of float64 on the same
     numbers, and position scores are those of float64, too."""
     torch.manual_seed(0)
-    G, R, D, T = 2, 3, 32, 60
-    root = math.sqrt(size * math.sqrt(D))
+    G, R, D, T, root = 2, 3, 32, 60, math.sqrt(size * math.sqrt(32))
     q, k, v = torch.randn(G * R, T, D), torch.randn(G, T, D), torch.randn(G, T, D)
     q[:, :, 0], k[:, :, 0] = root, root * (1 + torch.rand(G, T) / 500)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -513,8 +505,8 @@ def test_decoding_with_large_biases_in_bfloat16_agrees_with_a_fused_kernel(size)
     """Forced tokens, bfloat16: how often the likeliest next token is that of float32, for decoding
     from the cache and for one pass of scaled_dot_product_attention over everything. (Of logits that
     are rounded to bfloat16 it is 90, 66 and 67 % of the tokens, of these here 97 and 98 %.)"""
-    model = biased_qwen(size)
-    c, ids, n = model.config, torch.randint(0, model.config.vocabulary, (160,)), 100
+    model, n = biased_qwen(size), 100
+    c, ids = model.config, torch.randint(0, model.config.vocabulary, (160,))
     with torch.inference_mode():
         exact = model.logits(model.hidden_states(text_prompt(ids))[-n - 1:-1]).argmax(-1)
         model = model.bfloat16()
@@ -529,8 +521,7 @@ def test_decoding_with_large_biases_in_bfloat16_agrees_with_a_fused_kernel(size)
 @pytest.mark.parametrize("name", ["vicuna", "qwen"])
 @pytest.mark.parametrize("packed", [False, True], ids=["loop", "packed"])
 def test_evicted_decode_equals_masked_attention(checkpoints, monkeypatch, name, method, packed):
-    """transformers' full attention, with a mask that hides from the new tokens what each head has
-    dropped."""
+    """transformers' full attention under a mask that hides from new tokens what heads dropped."""
     _, reference, ours = checkpoints[name]
     c, images, tokens, w = ours.config, [picture(64, 50)], [40, 41, 60, 33, 70], 6
     prompt = prepare(ours, images, "What is it?")
@@ -1330,8 +1321,7 @@ def rejected(capfd, *argv, main=sparsemm.main):
     with pytest.raises(SystemExit) as end:
         main([str(a) for a in argv])
     out, err = capfd.readouterr()
-    assert end.value.code == 2 and out == ""
-    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert (end.value.code, out, err.count("\n"), err[-1:]) == (2, "", 1, "\n"), err
     return err
 
 
@@ -1340,14 +1330,11 @@ def rejected(capfd, *argv, main=sparsemm.main):
     (["--prompt", "a <|image_pad|> b"], ["prompt", "<|image_pad|>"]),
     (["--prompt", "a \udcff"], ["udcff"]),
     (["--budget", 31], ["budget", "31", "32"]), (["--budget", "many"], ["--budget", "many"]),
-    (["--rho", "nan"], ["rho", "nan", "between 0 and 1"]),
-    (["--max-new-tokens", 0], ["max_new_tokens", "0"]),
-    (["--method", "best"], ["--method", "best", "snapkv"]),
+    (["--rho", "nan"], ["rho", "nan", "0 and 1"]), (["--max-new-tokens", 0], ["new_tokens", "0"]),
     (["--device", "gpu"], ["device", "gpu", "cuda"]), (["--device", "cuda:99"], ["device", "99"]),
     (["--image", "none.png"], ["--image", "none.png", "no such file"]),
     (["--image", __file__], ["--image", __file__, "not a picture"]),
-    (["--show-heads", "a.txt"], ["--show-heads", "a.txt", ".png"]),
-    (["--show-heads", "a.png"], ["--show-heads", "one --image"]),
+    (["--show-heads", "a.txt"], ["a.txt", ".png"]), (["--show-heads", "a.png"], ["one --image"]),
     (["--show-heads", "none/a.png"], ["--show-heads", "none/a.png", "cannot be written"]),
     (["--show-heads", "tiny/a.png", "--image", "tiny/../tiny/a.png"], ["named twice"]),
     (["--seed", -1, "--method", "snapkv"], ["seed", "-1"]), (["--seed", "1e30"], ["seed", "1e30"]),

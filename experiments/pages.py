@@ -336,17 +336,15 @@ def rotate(page, degrees, color):
         word.centers = tuple(turn(x, y) for x, y in word.centers)
 
 
-def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0.03, wear=0.0,
-                fonts=(None,)):
+def render_page(rng, kind, width, height, sizes=(13, 16), noise=0.03, wear=0.0, fonts=(None,)):
     """Renders one page.
 
     rng: random.Random, the only source of chance; kind: one of KINDS or TRAINING_KINDS; width,
     height: pixels; sizes: smallest and largest font size in pixels (a sign's is up to twice as
-    large); max_rows: at most so many lines; noise: largest standard deviation of the Gaussian
-    noise, as a share of the range from black to white; wear: probability of each of three defects,
-    an uneven background, a rotation by up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files
-    to choose from, None for the built-in font. Rows that do not fit are left out, and so are their
-    questions.
+    large); noise: largest standard deviation of the Gaussian noise, as a share of the range from
+    black to white; wear: probability of each of three defects, an uneven background, a rotation by
+    up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files to choose from, None for the
+    built-in font. Rows that do not fit are left out, and so are their questions.
     """
     background, ink = random_colors(rng)
     uneven = rng.randint(8, 30) if rng.random() < wear else 0
@@ -358,7 +356,7 @@ def render_page(rng, kind, width, height, sizes=(13, 16), max_rows=None, noise=0
     text_height = max(pitch, round(height * rng.uniform(0.3, 0.6))) if kind == "shapes" else height
     rows_that_fit = max(1, (text_height - 2) // pitch)
     count = rng.randint(max(1, rows_that_fit // 2), rows_that_fit)
-    rows, questions = ROWS[kind](rng, min(count, max_rows or count))
+    rows, questions = ROWS[kind](rng, count)
     margin, column = rng.randint(2, max(2, width // 24)), round(width * rng.uniform(0.35, 0.55))
     y = rng.randint(0, max(0, text_height - 2 - pitch * len(rows)))
     page = Page(image)

@@ -258,9 +258,9 @@ def pyramid(found):
     """Why pyramidkv loses so much here."""
     shares = [f"{show(r['unevenness'][STRONGEST])} % of the scores of {r['model']}"
               for r in found.get("heads", []) if "unevenness" in r]
-    return ["", "`pyramidkv` gives the last layers the least, and in the small models those look "
-            f"most (the strongest layer has {' and '.join(shares)}): most of what it loses here "
-            "comes from the shape of these models."] if shares else []
+    return ["", "`pyramidkv` gives the last layers the least, and in the small models the last one "
+            f"looks most (it has {' and '.join(shares)}): most of what `pyramidkv` loses here comes "
+            "from the shape of these models."] if shares else []
 
 
 STRONGEST = "the strongest layer's share"
@@ -276,7 +276,7 @@ SPLIT = """What `sparsemm` gains over `snapkv`, in points: what the layers' shar
 layer's scores dealt anew among its heads."""
 UNEVEN = """Of KV heads, which have the sum of their query heads' scores. What is published comes
 from the authors' files (`reproduce.py published FILE`), and is what large models come to by
-themselves. The small models were trained on nothing but reading, and look as whole layers."""
+themselves; the small models were taught that few heads look."""
 
 
 def methods_table(found):
@@ -359,7 +359,7 @@ def bench_page(page):
 
 # ---- tiny/README.md ------------------------------------------------------------------------------
 
-READ = {"256 x 256 pixels": "evaluation-500.json", "512 x 512 pixels": "evaluation-large.json",
+READ = {"256 x 256 pixels": "evaluation.json", "512 x 512 pixels": "evaluation-large.json",
         "like other people's": "evaluation-wild.json"}
 
 

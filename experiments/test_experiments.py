@@ -616,8 +616,7 @@ def test_the_scoring_benchmark_lets_each_procedure_take_the_numbers_that_suit_it
 
 
 def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
-    """The built-in font's own file gives the same evaluation; --fonts reaches the training."""
-    from experiments import train_tiny
+    """The built-in font's own file gives the same evaluation."""
     fonts = tmp_path / "fonts" / "family"
     fonts.mkdir(parents=True)
     for name in ("a.ttf", "b.ttf"):
@@ -631,13 +630,6 @@ def test_pages_in_other_fonts(tiny, monkeypatch, tmp_path, capsys):
     assert about[0]["results"] == about[1]["results"]
     assert about[1]["fonts"] == ["a.ttf", "b.ttf"] != about[0]["fonts"]
     assert "--fonts" in about[1]["command"] and "--fonts" not in about[0]["command"]
-
-    seen = []
-    monkeypatch.setattr(train_tiny, "Trainer", lambda args: seen.extend(args.fonts) or
-                        SimpleNamespace(run=lambda: None))
-    train_tiny.main(["--fonts", str(fonts.parent), "--work", str(tmp_path), "--out", str(tmp_path),
-                     "--threads", str(torch.get_num_threads())])
-    assert [Path(font).name for font in seen] == ["a.ttf", "b.ttf"]
 
 
 FLOORS = [(name, *floor) for name in TINY for floor in (
@@ -717,7 +709,7 @@ def test_bench_decodes_with_the_same_cache_as_generate(monkeypatch, tmp_path):
 @pytest.mark.parametrize("script, argument, value", [
     ("evaluate_tiny", "--model", "none"), ("evaluate_tiny", "--num", 0),
     ("evaluate_tiny", "--out", "none/evaluation.json"), ("evaluate_tiny", "--sizes", "9x9"),
-    ("evaluate_tiny", "--fonts", "none"), ("train_tiny", "--fonts", "broken"),
+    ("evaluate_tiny", "--fonts", "none"), ("evaluate_tiny", "--fonts", "broken"),
     ("train_tiny", "--work", "file/work"), ("train_tiny", "--out", "file"),
     ("train_tiny", "--device", "gpu"), ("train_tiny", "--threads", 0),
     ("train_tiny", "--workers", -1), ("train_tiny", "--report", 0),

@@ -1,37 +1,26 @@
-"""Trains the small document readers in tiny/, on pages that are rendered as they are needed.
+"""Teaches few heads of the small document readers in tiny/ to look at the page.
 
-    python experiments/train_tiny.py [--layout qwen2-vl] --out DIR            from nothing
-    python experiments/train_tiny.py --start-from DIR --out DIR ...           the last stage alone
+    python experiments/train_tiny.py --layout qwen2-vl --start-from DIR --out DIR
 
-Two kinds of step, with transformers' own classes (tiny_layouts.py):
-
-    vision      the vision tower alone: linear layers on each image token name the characters whose
-                centre lies in the 16 x 16 pixels that it shows, and a coloured shape there
-    language    next-token loss on what pages.tasks asks of a page, and half the vision loss
-
-STAGES says in which order, on pages that grow from a line of text to 640 x 384 pixels; the same
-list serves both layouts. Several conversations share a page, which is computed once for all of
-them. One token per character, so that nothing can be guessed from a vocabulary.
-
-The last stage teaches heads not to look at the page. A reader trained on nothing but reading has no
-reason to be sparse: its last layer looks as a whole. So to the loss is added
+A reader trained on nothing but reading has no reason to be sparse: its last layer looks as a whole.
+So the readers, which earlier and longer trainings taught to read (they are in git's history), go
+through the two STAGES here, on pages that are rendered as they are needed, in batches of one size.
+The loss is that of the next token, on what pages.tasks asks of a page; half that of linear layers
+on each image token, which name the characters whose centre lies in the 16 x 16 pixels that it
+shows, and a coloured shape there; and
 
     PENALTY * sum over KV heads of w[layer] * sqrt(x + 0.01)
 
 where x is a KV head's mean, over the tokens of the answers, of -log(1 - m), and m the share of a
 row's attention that falls on the image: `looking`. The square root, steepest near zero, lets few
 heads look much rather than many a little. LAYER_WEIGHTS are larger for the last layers, so that not
-all who look are there. That few heads are visual is here taught, not found.
-
-What it has been seen to do. The last stage alone, with --seed 11, from weights of longer
-lists of stages (they are in git's history): 827 steps of qwen2-vl and 664 of llava-next, one core
-each, 75 minutes beside other work, once stopped and resumed. The rate fell by the clock there and
-by the step here, so the pages are the same and the weights would not be, bit by bit. The list as a
-whole has not been run from nothing.
+all who look are there. That few heads are visual is here taught, not found. One token per
+character, so that nothing can be guessed from a vocabulary. Several conversations share a page,
+which is computed once for all of them.
 
 Every batch is drawn from a random generator seeded by (seed, layout, stage, step), and the state is
 saved to --work, so a run that was killed goes on as if it had not been. Weight matrices are trained
-with Muon, the rest with AdamW.
+with Muon, the rest with AdamW; transformers' own classes compute (tiny_layouts.py).
 
 Letters: B pages of a batch, T tokens, L layers, H query heads, G KV heads, E width.
 """
@@ -56,7 +45,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache import OneLineParser
-from experiments.arguments import device_name, font_files, output_folder, whole_number
+from experiments.arguments import device_name, output_folder, whole_number
 from experiments.pages import COLORS, SHAPES, prompt, tasks
 from experiments.tiny_layouts import (CELL, END, IGNORE, IM_END, IM_START, IMAGE, LAYOUTS,
                                       VOCABULARY, as_matrix_product, looking_of_heads,
@@ -72,9 +61,10 @@ FAR_LINE = 12                     # lines beyond it are miscounted, so they are 
 BATCH_PIXELS = 8 * 256 * 256      # at most: a batch has fewer large pages
 LAST_SHARE = 0.03                 # of a stage's rate is left at its end
 ADAMW_RATE = 0.25                 # share of the rate that AdamW gets ...
-VISION_RATE = 0.7                 # ... and in language steps the vision tower
+VISION_RATE = 0.7                 # ... and the vision tower
 PENALTY = {"qwen2-vl": 0.03, "llava-next": 0.02}     # llava-next has twice as many KV heads
-LAYER_WEIGHTS = (1, 1, 1, 1, 1, 1, 1.3, 2.5)
+LAYER_WEIGHTS = {"qwen2-vl": (1, 1, 1, 1, 1, 1, 1.3, 3), "llava-next": (1, 1, 1, 1, 1, 1, 1.3, 4)}
+NAMES_STEPS = 120                 # of the layers that name what image tokens show, alone
 FEW, MANY = 0.1, 0.3              # shares of attention that the log counts heads from
 SEEN_BY_ATTENTION = "position_ids", "prefix", "conversations", "image"
 
@@ -82,18 +72,15 @@ SEEN_BY_ATTENTION = "position_ids", "prefix", "conversations", "image"
 @dataclass(frozen=True)
 class Stage:
     name: str
-    step: str             # "vision" or "language"
     sizes: tuple          # page sizes in pixels, one drawn for each batch
     batch: int            # pages at most
-    steps: int
+    steps: dict           # of each layout
     rate: float           # Muon's learning rate at the stage's start, see Trainer.set_rate
     kinds: tuple = ("lines",)
-    max_rows: int = 0     # lines of text at most; 0 for as many as fit
     wear: float = 0.0     # see pages.render_page
-    wild: float = 0.0
+    wild: float = 0.0     # share of pages that look like other people's (wild_pages.py)
     rewording: float = 0.1      # share of prompts that are not the first wording
-    transcripts: float = 0.3    # share of batches whose pages are transcribed
-    sparse: bool = False        # whether heads that look at the page cost
+    transcripts: float = 0.2    # share of batches whose pages are transcribed
 
 
 def times(**counts):
@@ -101,31 +88,16 @@ def times(**counts):
     return tuple(kind for kind, count in counts.items() for _ in range(count))
 
 
-SIMPLE = times(lines=2, form=1)
-ALL = times(lines=9, form=7, receipt=4, table=6, letter=5, label=4, sign=4, shapes=6)
-COLUMNS_ALONE = times(fields=9, table=8, form=2, shapes=2, receipt=1, label=1, lines=1, letter=1)
-LAST = times(lines=9, form=10, receipt=5, table=12, label=6, sign=6, letter=6, shapes=7, fields=3)
-WIDE_OR_TALL = ((256, 128), (128, 256))
-SMALL = ((256, 128), *[(256, 256)] * 2, (256, 384))
-# LLaVA-NeXT's own image processor lays pages 640 pixels wide out in other tiles than the last
-# stage shows it.
-LARGE = ((256, 128), *[(256, 256)] * 3, *[(256, 384)] * 2, (384, 256), (384, 384), (512, 256),
+# LLaVA-NeXT's own image processor lays pages 640 pixels wide out in other tiles than these.
+SIZES = ((256, 128), *[(256, 256)] * 3, *[(256, 384)] * 2, (384, 256), (384, 384), (512, 256),
          (384, 512), (512, 512), (640, 384))
 STAGES = (
-    Stage("vision", "vision", ((128, 128),), 24, 2500, 1e-2, SIMPLE),
-    Stage("glyphs", "vision", WIDE_OR_TALL, 12, 3000, 6e-3, ALL, wear=0.15, wild=0.3),
-    Stage("words", "language", ((128, 128),), 24, 600, 6e-3, SIMPLE, max_rows=1, transcripts=0.6),
-    Stage("blocks", "language", ((128, 128),), 16, 600, 5e-3, SIMPLE, max_rows=4, transcripts=0.5),
-    Stage("cards", "language", WIDE_OR_TALL, 10, 900, 4e-3, ALL, wear=0.05),
-    # Rows of tables were found and columns were not, until these pages, where the column alone says
-    # which value is meant.
-    Stage("columns", "language", ((256, 128),), 10, 1500, 2.5e-3, COLUMNS_ALONE, wear=0.05,
-          transcripts=0.1),
-    Stage("pages", "language", SMALL, 10, 3000, 2.5e-3, ALL, wear=0.05),
-    Stage("sharper", "vision", WIDE_OR_TALL, 12, 5000, 2e-3, ALL, wear=0.05, wild=0.5),
-    Stage("large", "language", LARGE, 10, 2500, 2e-3, ALL, wear=0.1, wild=0.4),
-    Stage("sparse", "language", LARGE, 10, 800, 1.2e-3, LAST, wear=0.1, wild=0.55,
-          transcripts=0.2, sparse=True),
+    Stage("sparse", SIZES, 10, {"qwen2-vl": 827, "llava-next": 664}, 1.2e-3,
+          times(lines=9, form=10, receipt=5, table=12, label=6, sign=6, letter=6, shapes=7,
+                fields=3), wear=0.1, wild=0.55),
+    Stage("settled", SIZES, 10, {"qwen2-vl": 1150, "llava-next": 850}, 9e-4,
+          times(lines=11, form=9, receipt=5, table=11, label=6, sign=6, letter=9, shapes=7,
+                fields=2), wear=0.1, wild=0.45),
 )
 
 
@@ -207,26 +179,21 @@ def padded(rows, filling, count, length):
     return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
 
 
-def draw_pages(stage, rng, fonts=()):
-    """The pages of a batch, all of one size; a quarter in other fonts, if there are any."""
+def draw_pages(stage, rng):
+    """The pages of a batch, all of one size."""
     size = rng.choice(stage.sizes)
-
-    def draw():
-        others = fonts and rng.random() < 0.25
-        return render_mixed_page(rng, rng.choice(stage.kinds), *size, stage.wild, stage.max_rows,
-                                 wear=stage.wear, fonts=fonts if others else (None,))
-
-    return [draw() for _ in range(max(1, min(stage.batch, BATCH_PIXELS // math.prod(size))))]
+    return [render_mixed_page(rng, rng.choice(stage.kinds), *size, stage.wild, wear=stage.wear)
+            for _ in range(max(1, min(stage.batch, BATCH_PIXELS // math.prod(size))))]
 
 
-def make_batch(layout, stage, rng, fonts=()):
+def make_batch(layout, stage, rng):
     """One batch of a stage: the model's keyword arguments, and what each image token shows (see
     cell_contents).
 
     A row is a page, the prefix, and the conversations about it, one behind the other and all of one
     length. Each sees the prefix and itself (see attend) and counts its positions from the prefix,
     as if the others were not there: the page is read once for all of them."""
-    drawn = draw_pages(stage, rng, fonts)
+    drawn = draw_pages(stage, rng)
     pages = [enlarged(page, layout.zoom) for page in drawn]
     width, height = pages[0].image.size
     transcribe = rng.random() < stage.transcripts                           # all or none
@@ -259,24 +226,19 @@ class Batches(Dataset):
         self.args, self.stage, self.start = args, stage, start
 
     def __len__(self):
-        return max(0, self.stage.steps - self.start)
+        return max(0, self.stage.steps[self.args.layout] - self.start)
 
     def __getitem__(self, i):
         name = f"{self.args.seed} {self.args.layout} {self.stage.name} {self.start + i}"
-        return make_batch(LAYOUTS[self.args.layout], self.stage, random.Random(name),
-                          self.args.fonts)
+        return make_batch(LAYOUTS[self.args.layout], self.stage, random.Random(name))
 
 
 # ---- training ------------------------------------------------------------------------------------
 
-def sum_of_roots(x):
-    """(L, G), as looking_of_heads gives -> the weighted sum in this file's first lines."""
-    return (torch.tensor(LAYER_WEIGHTS, device=x.device)[:, None] * (x + 0.01).sqrt()).sum()
-
-
-def share_of(right, among):
-    """Both bool. No part is picked out, since a GPU would be waited for to know how large it is."""
-    return (right & among).sum() / among.sum()
+def sum_of_roots(x, weights):
+    """x (L, G), as looking_of_heads gives, weights of L layers -> the sum in this file's first
+    lines."""
+    return (torch.tensor(weights, device=x.device)[:, None] * (x + 0.01).sqrt()).sum()
 
 
 def embed(layout, model, batch):
@@ -300,7 +262,7 @@ class Trainer:
     def __init__(self, args):
         torch.manual_seed(args.seed)
         self.args, self.device = args, torch.device(args.device)
-        self.layout, self.penalty = LAYOUTS[args.layout], PENALTY[args.layout]
+        self.layout = LAYOUTS[args.layout]
         self.model = self.layout.model_class(self.layout.config()).to(self.device)
         self.model.set_attn_implementation("products")
         as_matrix_product(self.layout.patch_embedding(self.model))
@@ -325,28 +287,27 @@ class Trainer:
         self.image_tokens = None           # what the projector gave in the last forward pass
         self.layout.projector(self.model).register_forward_hook(
             lambda module, inputs, output: setattr(self, "image_tokens", output))
-        self.average = [read_checkpoint(self.layout, "--average", folder)
-                        for folder in args.average]
         self.state_file = args.work / f"{args.layout}.pt"
         if self.state_file.exists():
             self.load()
 
     def start_from(self, folder, stage):
-        """Begins at a stage with the weights of an exported folder, unless a saved state goes on.
-        The layers that name what image tokens show are not among the weights; they learn first,
-        while the model stands still."""
+        """Begins at a stage with the weights in a folder, unless a saved state goes on. The layers
+        that name what image tokens show are not among the weights; they learn first, while the
+        model stands still."""
         weights = read_checkpoint(self.layout, "--start-from", folder)
         if self.state_file.exists():
             return
         self.model.load_state_dict(weights.state_dict())
         self.stage = [s.name for s in STAGES].index(stage)
         stage = STAGES[self.stage]
-        names = replace(stage, name="names", step="vision", batch=min(stage.batch, 8), steps=120)
+        names = replace(stage, name="names", batch=min(stage.batch, 8), steps=dict.fromkeys(
+            LAYOUTS, NAMES_STEPS))
         optimizer = torch.optim.Adam(self.naming.parameters())
         self.model.requires_grad_(False)
-        for step, batch in enumerate(tqdm(self.batches(names, 0), desc="names")):
-            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / names.steps)
-            self.loss(*batch, names)[0].backward()
+        for step, (batch, contents) in enumerate(tqdm(self.batches(names, 0), desc="names")):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / NAMES_STEPS)
+            self.see(batch, contents).backward()
             optimizer.step()
             optimizer.zero_grad()
         self.model.requires_grad_(True)
@@ -375,30 +336,31 @@ class Trainer:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bfloat16")
 
-    def loss(self, batch, contents, stage):
-        """The stage's loss without the penalty; token accuracy (language) or cell accuracy (vision)
-        of the batch; and (L, G), how KV heads look at the page, None unless the stage is sparse."""
-        batch, contents, looks = moved(batch, self.device), moved(contents, self.device), None
+    def see(self, batch, contents):
+        """naming_loss of a batch whose pages the vision tower alone has seen."""
         with self.autocast():
-            if stage.step == "vision":
-                self.layout.see(self.model, **batch["images"])
-            else:
-                labels, looks = batch["labels"], [] if stage.sparse else None
-                out = self.model(inputs_embeds=embed(self.layout, self.model, batch),
-                                 labels=labels, use_cache=False, looks=looks, **{
-                                     name: batch[name] for name in SEEN_BY_ATTENTION})
-        named, right = self.naming_loss(contents)
-        if stage.step == "vision":
-            return named, share_of(right, contents[:, 0] > 0), None
-        predicted, wanted = out.logits[:, :-1].argmax(-1), labels[:, 1:]
-        if looks:
-            looks = looking_of_heads(looks, labels, batch["prefix"],
-                                     self.model.config.text_config.num_key_value_heads)
-        return out.loss + 0.5 * named, share_of(predicted == wanted, wanted != IGNORE), looks
+            self.layout.see(self.model, **moved(batch["images"], self.device))
+        return self.naming_loss(contents.to(self.device))
+
+    def loss(self, batch, contents):
+        """The loss without the penalty; the batch's token accuracy; and (L, G), how KV heads look
+        at the page."""
+        batch, contents, looks = moved(batch, self.device), moved(contents, self.device), []
+        labels = batch["labels"]
+        with self.autocast():
+            out = self.model(inputs_embeds=embed(self.layout, self.model, batch), labels=labels,
+                             use_cache=False, looks=looks,
+                             **{name: batch[name] for name in SEEN_BY_ATTENTION})
+        right, asked = out.logits[:, :-1].argmax(-1) == labels[:, 1:], labels[:, 1:] != IGNORE
+        looks = looking_of_heads(looks, labels, batch["prefix"],
+                                 self.model.config.text_config.num_key_value_heads)
+        # No part is picked out, since a GPU would be waited for to know how large it is.
+        return (out.loss + 0.5 * self.naming_loss(contents), (right & asked).sum() / asked.sum(),
+                looks)
 
     def naming_loss(self, contents):
         """Of the last forward pass, with contents (cells, CHARS_PER_CELL + 1) as cell_contents
-        gives; and which cells' characters are all named right."""
+        gives."""
         characters, shapes = contents.split([CHARS_PER_CELL, 1], 1)
         states = self.image_tokens.float().flatten(0, -2)
         logits = self.naming[0](states).view(-1, CHARS_PER_CELL, len(VOCABULARY))
@@ -408,26 +370,29 @@ class Trainer:
                                         ignore_index=IGNORE)
         of_shapes = F.cross_entropy(self.naming[1](states), shapes[:, 0], ignore_index=IGNORE,
                                     reduction="sum") / (shapes != IGNORE).sum().clamp(min=1)
-        return of_characters + of_shapes, (logits.argmax(-1) == characters).all(-1)
+        return of_characters + of_shapes
 
     @torch.no_grad()
     def held_out(self, stage, batches=4):
         """Accuracy on pages of this stage that no training step draws."""
         self.model.eval()
         rng = random.Random("held out")
-        accuracy = [self.loss(*make_batch(self.layout, stage, rng), stage)[1].item()
+        accuracy = [self.loss(*make_batch(self.layout, stage, rng))[1].item()
                     for _ in range(batches)]
         self.model.train()
         return sum(accuracy) / len(accuracy)
 
     def set_rate(self, stage):
-        """Half a cosine from the stage's rate to LAST_SHARE of it, after a warm-up of 30 steps."""
-        falls = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
-        rate = stage.rate * (LAST_SHARE + (1 - LAST_SHARE) * falls) * min(1, (self.step + 1) / 30)
-        slower = VISION_RATE if stage.step == "language" else 1
+        """Half a cosine from the stage's rate to LAST_SHARE of it, after a warm-up of 30 steps.
+        Returns the share, by which the penalty falls, too."""
+        done = self.step / stage.steps[self.args.layout]
+        falls = 0.5 + 0.5 * math.cos(math.pi * done)
+        share = (LAST_SHARE + (1 - LAST_SHARE) * falls) * min(1, (self.step + 1) / 30)
+        rate = stage.rate * share
         for optimizer, own in zip(self.optimizers, (1, ADAMW_RATE)):
             vision, language = optimizer.param_groups
-            vision["lr"], language["lr"] = rate * own * slower, rate * own
+            vision["lr"], language["lr"] = rate * own * VISION_RATE, rate * own
+        return share
 
     def batches(self, stage, start):
         """The batches of a stage from number `start` on."""
@@ -437,23 +402,23 @@ class Trainer:
 
     def take_step(self, batch, contents, stage):
         """One step; its loss, its accuracy, the sum of roots and how KV heads look at the page."""
-        self.set_rate(stage)
-        loss, accuracy, looks = self.loss(batch, contents, stage)
-        added = torch.zeros(()) if looks is None else sum_of_roots(looks)
-        (loss + self.penalty * min(1, self.step / 40) * added).backward()
+        share = self.set_rate(stage)
+        loss, accuracy, looks = self.loss(batch, contents)
+        roots = sum_of_roots(looks, LAYER_WEIGHTS[self.args.layout])
+        (loss + PENALTY[self.args.layout] * share * roots).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return [loss.detach(), accuracy, added.detach(), looks if looks is None else looks.detach()]
+        return loss.detach(), accuracy, roots.detach(), looks.detach()
 
     def run_stage(self, stage):
         bar = tqdm(self.batches(stage, self.step), desc=stage.name, initial=self.step,
-                   total=stage.steps, mininterval=5)
+                   total=stage.steps[self.args.layout], mininterval=5)
         for batch, contents in bar:
             self.notes.append(self.take_step(batch, contents, stage))
-            if self.step % self.args.report == 0 or self.step == stage.steps:
+            if self.step % self.args.report == 0 or self.step == bar.total:
                 bar.write(self.log(stage))
             self.save()
 
@@ -461,15 +426,12 @@ class Trainer:
         """A line about the steps since the last one, which also goes into a file of --work, and the
         accuracy on pages with and without other people's looks that no step draws."""
         *numbers, looks = zip(*self.notes)
-        loss, accuracy, added = (torch.stack(x).mean().item() for x in numbers)
-        line = dict(stage=stage.name, step=self.step, loss=loss, accuracy=accuracy,
-                    held_out=self.held_out(replace(stage, wild=0)))
-        if stage.wild:
-            line["held_out_wild"] = self.held_out(replace(stage, wild=1))
-        if stage.sparse:
-            share = 1 - (-torch.stack(looks).mean(0)).exp()                             # (L, G)
-            line |= dict(roots=added, few=(share > FEW).sum(1).tolist(),
-                         many=(share > MANY).sum(1).tolist())
+        loss, accuracy, roots = (torch.stack(x).mean().item() for x in numbers)
+        share = 1 - (-torch.stack(looks).mean(0)).exp()                                 # (L, G)
+        line = dict(stage=stage.name, step=self.step, loss=loss, accuracy=accuracy, roots=roots,
+                    held_out=self.held_out(replace(stage, wild=0)),
+                    held_out_wild=self.held_out(replace(stage, wild=1)),
+                    few=(share > FEW).sum(1).tolist(), many=(share > MANY).sum(1).tolist())
         self.notes = []
         text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()})
         with open(self.args.work / f"{self.args.layout}.log.jsonl", "a") as file:
@@ -484,14 +446,8 @@ class Trainer:
             self.save(every=0)
         self.export()
 
-    @torch.no_grad()
     def export(self):
-        """Writes --out: the weights as they are, or with --average their mean with those in other
-        folders (arXiv 2203.05482)."""
-        others = [dict(model.named_parameters()) for model in self.average]
-        for name, parameter in self.model.named_parameters():
-            for count, other in enumerate(others, 2):
-                parameter.lerp_(other[name].to(self.device), 1 / count)
+        """Writes --out: the weights as they are."""
         save_checkpoint_folder(self.layout, self.model, self.args.out)
         print(f"wrote {self.args.out}")
 
@@ -512,27 +468,20 @@ def main(argv=None):
     parser.add_argument("--threads", type=whole_number(1), default=1)
     parser.add_argument("--workers", type=whole_number(0), default=0,
                         help="processes that render pages")
-    parser.add_argument("--fonts", type=font_files, metavar="DIR", default=[],
-                        help="TrueType files that a quarter of the pages is drawn with, instead of "
-                             "the built-in font")
     parser.add_argument("--report", type=whole_number(1), default=50,
                         help="steps between lines of the log")
     parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--start-from", metavar="DIR",
+    parser.add_argument("--start-from", required=True, metavar="DIR",
                         help="begin with the weights in a folder, unless --work has a state")
     parser.add_argument("--stage", choices=[stage.name for stage in STAGES],
-                        default=STAGES[-1].name, help="where --start-from begins")
+                        default=STAGES[0].name, help="the first to run")
     parser.add_argument("--export", action="store_true",
                         help="write --out from the saved state and stop")
-    parser.add_argument("--average", nargs="+", metavar="DIR", default=[],
-                        help="write the mean of the trained weights and those in some folders; a "
-                             "folder given twice counts twice")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
         trainer = Trainer(args)
-        if args.start_from:
-            trainer.start_from(args.start_from, args.stage)
+        trainer.start_from(args.start_from, args.stage)
     except ValueError as error:
         parser.error(error)
     trainer.export() if args.export else trainer.run()

@@ -117,7 +117,6 @@ class Sheet:
     ink: tuple
     ground: tuple
     area: list          # [x0, y0, x1, y1]: what is still free
-    rows: int           # lines that may still be drawn
     extra: int          # pixels between lines
     space: float        # between words, in spaces
     case: str           # of keys, items and columns: "natural", "upper" or "lower"
@@ -200,7 +199,7 @@ def put(sheet, cells, scale=1.0, ink=None, fill=None, edges=None):
     height = sum(font.getmetrics()) + sheet.extra
     left, top, right, bottom = sheet.area
     cells = [cell for cell in cells if cell[0]]
-    if not sheet.rows or top + height > bottom or any(
+    if top + height > bottom or any(
             sheet.length(text, font) > x1 - x0 + 1 for text, x0, x1, _ in cells):
         return None
     if fill:
@@ -215,7 +214,6 @@ def put(sheet, cells, scale=1.0, ink=None, fill=None, edges=None):
                                   ink or sheet.ink))
             x += font.getlength(word) + sheet.gap(font)
     sheet.area[1] += height
-    sheet.rows -= 1
     if line:
         sheet.page.lines.append(line)
     return top, top + height
@@ -445,7 +443,7 @@ def wild_table(sheet):
     kinds = [rng.choice([random_price, random_short, random_short, wild_short]) for _ in columns]
     cells = [[kind(rng) for kind in kinds] for _ in items]
     one_word = not any(" " in text for texts in (items, columns, *cells) for text in texts)
-    corner = "Item" if one_word and sheet.chance(0.5) else rng.choice(["", *CORNERS])  # as in hints
+    corner = "Item" if one_word and sheet.chance(0.5) else rng.choice(["", *CORNERS])
     for count in range(len(columns), 0, -1):
         rows = [[corner, *map(sheet.cased, columns[:count])]] + [
             [sheet.cased(item), *row[:count]] for item, row in zip(items, cells)]
@@ -567,18 +565,16 @@ def put_frame(sheet):
     sheet.area[:] = x0 + inset, y0 + inset, x1 - inset, y1 - inset
 
 
-def render_mixed_page(rng, kind, width, height, wild, max_rows=None, noise=0.03, wear=0.0,
-                      fonts=(None,)):
+def render_mixed_page(rng, kind, width, height, wild, noise=0.03, wear=0.0, fonts=(None,)):
     """With probability `wild` a page that looks like other people's, with font sizes of its own,
     else one of pages.render_page, as pages of shapes always are; the other parameters are its."""
     if kind == "shapes" or not wild or rng.random() >= wild:
-        return render_page(rng, kind, width, height, max_rows=max_rows, noise=noise, wear=wear,
-                           fonts=fonts)
-    page, background = wild_page(rng, kind, width, height, max_rows, wear, rng.choice(fonts))
+        return render_page(rng, kind, width, height, noise=noise, wear=wear, fonts=fonts)
+    page, background = wild_page(rng, kind, width, height, wear, rng.choice(fonts))
     return worn(rng, page, background, noise, wear)
 
 
-def wild_page(rng, kind, width, height, max_rows, wear, file):
+def wild_page(rng, kind, width, height, wear, file):
     """A page (see above) and the colour of its ground; the parameters are render_page's."""
     ground, ink = random_colors(rng)
     if kind in ("sign", "label") and rng.random() < 0.35:
@@ -591,7 +587,7 @@ def wild_page(rng, kind, width, height, max_rows, wear, file):
         size = rng.randint(16, max(16, min(32, height // 4, width // 8)))
     mixed = tuple((a + 2 * b) // 3 for a, b in zip(ground, ink))
     sheet = Sheet(page, ImageDraw.Draw(page.image), rng, file, size, ink, ground,
-                  [2, 1, width - 3, height - 2], max_rows or 99, extra=rng.randint(3, 12),
+                  [2, 1, width - 3, height - 2], extra=rng.randint(3, 12),
                   space=rng.choice([1.0, rng.uniform(1.0, 1.5)]), as_printed=rng.random() < 0.75,
                   case=rng.choice(["natural"] * 5 + ["upper"] * 3 + ["lower"]),
                   colon=rng.choice([":", ":", ""]), rule=rng.choice(RULES),
