@@ -259,16 +259,17 @@ def pyramid(found):
     shares = [f"{show(r['unevenness'][STRONGEST])} % of the scores of {r['model']}"
               for r in found.get("heads", []) if "unevenness" in r]
     return ["", "`pyramidkv` gives the last layers the least, and in the small models the last one "
-            f"looks most (it has {' and '.join(shares)}): most of what `pyramidkv` loses here comes "
-            "from the shape of these models."] if shares else []
+            f"looks most (it has {' and '.join(shares)}): part of what `pyramidkv` loses here is "
+            "due to the shape of these models (in the tables of the part main, `pyramidkv upside "
+            "down` loses less)."] if shares else []
 
 
 STRONGEST = "the strongest layer's share"
 ACCURACY = """Accuracy is the share of an answer's tokens that are predicted from the right ones
 before them, from the second on (the first always sees the full cache). Figures are per cent or
 points, with their 95 % interval (bootstrap over pages; differences are paired). A budget is entries
-per KV head on average. Pages are of the largest size at which the full cache reads, or large ones
-where a row says so."""
+per KV head on average. Pages have the size that the command names, or are large ones where a row
+says so."""
 VERDICTS = """*yes*: the whole interval says so; *no*: the whole interval contradicts it; *not
 shown*: neither. One budget a row; the others are in the tables of the parts."""
 SPLIT = """What `sparsemm` gains over `snapkv`, in points: what the layers' shares alone give
