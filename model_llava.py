@@ -218,8 +218,8 @@ def no_cache(layer, q, k, v):
 def linear(x, weight, add=None):
     """x @ weight.T + add: x (T, n), weight (m, n), add (m,) or (T, m) -> (T, m).
 
-    On a CPU libraries leave a float32 product of one row to one thread, however large the weights.
-    In decoding all products are such, so they are given as PARTS products of m / PARTS columns."""
+    In decoding x is one row. On a CPU such a float32 product may be left to one thread, however
+    large the weights (by MKL on an AMD EPYC), so it is given as PARTS smaller products."""
     m, n = weight.shape
     if len(x) == 1 and m % PARTS == 0 and not weight.is_cuda and weight.dtype == torch.float32 \
             and torch.get_num_threads() > 1:

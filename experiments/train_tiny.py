@@ -14,9 +14,10 @@ shows, and a coloured shape there; and
 where x is a KV head's mean, over the tokens of the answers, of -log(1 - m), and m the share of a
 row's attention that falls on the image: `looking`. The square root, steepest near zero, lets few
 heads look much rather than many a little. LAYER_WEIGHTS are larger for the last layers, so that not
-all who look are there. That few heads are visual is here taught, not found. One token per
-character, so that nothing can be guessed from a vocabulary. Several conversations share a page,
-which is computed once for all of them.
+all who look are there. The penalty falls with the learning rate, so that reading comes last. That
+few heads are visual is here taught, not found. One token per character, so that nothing can be
+guessed from a vocabulary. Several conversations share a page, which is computed once for all of
+them.
 
 Every batch is drawn from a random generator seeded by (seed, layout, stage, step), and the state is
 saved to --work, so a run that was killed goes on as if it had not been. Weight matrices are trained
