@@ -115,6 +115,20 @@ def test_heads_look_on_the_rows_that_write_answers():
         assert torch.allclose(found[layer], rows.mean(-1).view(2, 2).mean(-1))
 
 
+def test_a_stage_says_what_looking_costs(tmp_path, monkeypatch):
+    """With none of the penalty a step is that of the loss alone."""
+    def after_a_step(penalty, own):
+        monkeypatch.setitem(train_tiny.PENALTY, "qwen2-vl", penalty)
+        trainer, stage = Trainer(arguments(tmp_path)), one_stage((64, 32), penalty=own)
+        trainer.take_step(*make_batch(trainer.layout, stage, random.Random(0)), stage)
+        return torch.cat([weight.flatten() for weight in trainer.model.parameters()])
+
+    none, without, half, of_half = (after_a_step(*x) for x in ((0.0, 1.0), (1.0, 0.0),
+                                                               (1.0, 0.5), (0.5, 1.0)))
+    assert torch.equal(none, without) and torch.equal(half, of_half)
+    assert not torch.equal(none, half)
+
+
 def test_the_penalty_keeps_heads_from_looking(tmp_path):
     """Steps under nothing else lower it."""
     trainer = Trainer(arguments(tmp_path))

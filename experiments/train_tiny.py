@@ -4,20 +4,20 @@
 
 A reader trained on nothing but reading has no reason to be sparse: its last layer looks as a whole.
 So the readers, which earlier and longer trainings taught to read (they are in git's history), go
-through the two STAGES here, on pages that are rendered as they are needed, in batches of one size.
-The loss is that of the next token, on what pages.tasks asks of a page; half that of linear layers
-on each image token, which name the characters whose centre lies in the 16 x 16 pixels that it
-shows, and a coloured shape there; and
+through the three STAGES here, on pages that are rendered as needed, in batches of one size. The
+loss is that of the next token, on what pages.tasks asks of a page; half that of linear layers on
+each image token, which name the characters whose centre lies in the 16 x 16 pixels that it shows,
+and a coloured shape there; and
 
     PENALTY * sum over KV heads of w[layer] * sqrt(x + 0.01)
 
 where x is a KV head's mean, over the tokens of the answers, of -log(1 - m), and m the share of a
 row's attention that falls on the image: `looking`. The square root, steepest near zero, lets few
 heads look much rather than many a little. LAYER_WEIGHTS are larger for the last layers, so that not
-all who look are there. The penalty falls with the learning rate, so that reading comes last. That
-few heads are visual is here taught, not found. One token per character, so that nothing can be
-guessed from a vocabulary. Several conversations share a page, which is computed once for all of
-them.
+all who look are there. In each stage the penalty falls with the learning rate, and in the last it
+is small, so that reading comes last. That few heads are visual is here taught, not found. One token
+per character, so that nothing can be guessed from a vocabulary. Several conversations share a page,
+which is computed once for all of them.
 
 Every batch is drawn from a random generator seeded by (seed, layout, stage, step), and the state is
 saved to --work, so a run that was killed goes on as if it had not been. Weight matrices are trained
@@ -82,6 +82,7 @@ class Stage:
     wild: float = 0.0     # share of pages that look like other people's (wild_pages.py)
     rewording: float = 0.1      # share of prompts that are not the first wording
     transcripts: float = 0.2    # share of batches whose pages are transcribed
+    penalty: float = 1.0        # share of PENALTY at the stage's start
 
 
 def times(**counts):
@@ -99,6 +100,10 @@ STAGES = (
     Stage("settled", SIZES, 10, {"qwen2-vl": 1150, "llava-next": 850}, 9e-4,
           times(lines=11, form=9, receipt=5, table=11, label=6, sign=6, letter=9, shapes=7,
                 fields=2), wear=0.1, wild=0.45),
+    Stage("finished", SIZES + ((512, 512), (512, 512), (384, 512)), 10,
+          {"qwen2-vl": 1400, "llava-next": 1000}, 8e-4,
+          times(lines=14, form=8, receipt=5, table=11, label=6, sign=5, letter=12, shapes=8,
+                fields=2), wear=0.1, wild=0.5, transcripts=0.3, penalty=0.3),
 )
 
 
@@ -406,7 +411,7 @@ class Trainer:
         share = self.set_rate(stage)
         loss, accuracy, looks = self.loss(batch, contents)
         roots = sum_of_roots(looks, LAYER_WEIGHTS[self.args.layout])
-        (loss + PENALTY[self.args.layout] * share * roots).backward()
+        (loss + PENALTY[self.args.layout] * stage.penalty * share * roots).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -1,7 +1,7 @@
 """Pages that look like other people's, drawn at random: `render_mixed_page` with wild=1.
 
 Titles, rules (solid, dashed, dotted, double), grids, frames, boxes, bars, windows with menus and
-buttons, dotted leaders, capitals, sizes of 12 to 24 pixels, columns on the right or in the middle,
+buttons, dotted leaders, capitals, sizes of 11 to 32 pixels, columns on the right or in the middle,
 keys above their values, and values as forms have them: dates, amounts, measures, e-mails, names.
 
 Rules and leaders are not text; all the rest is transcribed. A key is asked for as it is printed; on
