@@ -6,47 +6,47 @@
                                                                                   ^
                                                       attend(layer, q, k, v), given by the caller
 
-Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. It
-knows nothing of caches: each layer calls `attend`, a function of whoever runs it, for which
-prefill_attention alone is the simplest choice (no cache); sparsemm.py compresses behind it, and
-decodes from what was kept. What differs is the vision tower, and how an image becomes a row of
-tokens:
+Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. The
+decoder knows nothing of caches: each layer calls `attend`, a function that its caller provides. The
+simplest one is no_cache; sparsemm.py compresses in it, and decodes from what was kept. The families
+differ in the vision tower, and in how an image becomes a row of tokens:
 
     LLaVA-NeXT  CLIP sees square tiles. First comes a thumbnail of the whole image, then the tiles
-                row by row, without the padding, a learned newline token behind each row.
+                row by row, without the padding, with a learned newline token behind each row.
                 (Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge")
-    Qwen2-VL    a ViT with 2-D rotary positions sees the image at its own size; 2 x 2 patches become
+    Qwen2-VL    A ViT with 2-D rotary positions sees the image at its own size. 2 x 2 patches become
                 one token, and the decoder's positions have three axes, M-RoPE.
                 (Wang et al. 2024, arXiv 2409.12191)
 
-Every image token knows which rectangle of the original image it shows (ImageTokens.boxes). Tensors
-have the names that the checkpoints give them, but for the products that are joined into one
-(JOINED). transformers supplies the tokenizer, the image processor and the config classes; no part
-of its models is used.
+For every image token we know the rectangle of the original image that it shows (ImageTokens.boxes).
+transformers supplies tokenizer, image processor and config classes, and no part of the models.
 
-Letters: L layers, H query heads, G KV heads, T tokens, D head size, E width of the decoder, V width
-of the vision tower, P its patches (CLIP: of one tile), S side of a tile in pixels.
+Letters: L layers, H query heads, G KV heads, R = H/G, T tokens, D head size, E width of the
+decoder, V width of the vision tower, P its patches (CLIP: of one tile), S side of a tile in pixels.
 """
 
+import json
 import math
+import os
 import re
 import sys
-import warnings
+import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageOps
+from safetensors import safe_open
 from torch import nn
+from tqdm import tqdm
 
-from cache import inside, note, read_json, require
+from cache import reading
 
 THUMBNAIL, GRID, NEWLINE = 0, 1, 2          # the kinds of image tokens; Qwen2-VL has only GRID
-MLP_SLICE = 4096                            # how many tokens of a prompt go through an MLP at once
-PARTS = 32                                  # of a product of one row, see linear
+MLP_SLICE = 4096                            # so many tokens of a prompt go through an MLP at once
+PARTS = 32                                  # of a product of one row, see Linear
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -67,112 +67,94 @@ class Config:
     mrope_section: tuple            # how many of the D/2 frequencies turn with time, row, column
     qkv_bias: bool
     tied: bool                      # the output embedding is the input embedding
-    max_tokens: int                 # beyond so many, attention would slide, which is not built here
-    trained_tokens: int             # beyond so many, the model was not trained
+    max_tokens: int                 # longer prompts would need sliding attention: not built here
+    trained_tokens: int             # longer prompts are beyond the model's training
     image_token: int                # the id that marks the place of an image
     dtype: torch.dtype              # of the checkpoint
-    template: str                   # the family's chat template, for checkpoints without one
     vision: object                  # transformers' config of the vision tower
-    vision_layer: int = -1          # LLaVA-NeXT only, from here on: which hidden state of CLIP
-    keep_class_token: bool = False
-    projector_bias: bool = True
-    pinpoints: tuple = ()           # the (height, width) that an image may be fitted to
-
-
-# Images come before the text (Processor.render).
-LLAVA_PARTS = """{% for part in message.content %}\
-{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }} {% endif %}{% endfor %}"""
-VICUNA_TEMPLATE = "{% for message in messages %}{% if message.role == 'user' %}USER: " + \
-    LLAVA_PARTS + """{% else %}ASSISTANT: {{ message.content[0].text }}</s>{% endif %}{% endfor %}\
-{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
-MISTRAL_TEMPLATE = "{% for message in messages %}{% if message.role == 'user' %}[INST] " + \
-    LLAVA_PARTS + "[/INST]{% else %} {{ message.content[0].text }}</s>{% endif %}{% endfor %}"
-QWEN_TEMPLATE = """<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n\
-{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
-{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}\
-{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+    full: object                    # transformers' config, all of it
 
 
 def read_config(folder):
-    """config.json of a checkpoint -> Config. Raises ValueError for a model that is not built here.
-
-    transformers' config classes know the defaults that a file leaves out."""
+    """config.json of a checkpoint -> Config. transformers' config classes know the defaults that a
+    file leaves out. Raises ValueError for a model that is not built here."""
     from transformers import CONFIG_MAPPING
-    path = Path(folder) / "config.json"
-    require(path.exists(), f"model {folder}: no config.json in it; {contents(folder)}")
-    raw = read_json(path, "model")
-    family = str(raw.get("model_type")) if isinstance(raw, dict) else "of no object"
-    require(family in MODELS, f"model {folder}: model_type {family} in config.json is not one of "
-                              f"{', '.join(MODELS)}")
-    require(not raw.get("quantization_config"), f"model {folder}: quantized checkpoints are not "
-                                                "built here (quantization_config in config.json)")
-    try:
+    with reading("config.json"):
+        raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        family = raw.get("model_type")
+        if family not in MODELS or raw.get("quantization_config"):
+            raise ValueError(f"model_type {family}: must be {' or '.join(MODELS)}, not quantized")
         return convert_config(CONFIG_MAPPING[family].from_dict(raw), family)
-    except Exception as error:                    # the config classes raise types of their own
-        reason = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"model {folder}: config.json: {reason}") from None
-
-
-def contents(folder):
-    """What there is instead of what is needed, in words."""
-    names = sorted(path.name for path in Path(folder).iterdir())
-    return (f"it holds {', '.join(names[:8]) or 'nothing'}{', ...' * (len(names) > 8)}; a whole "
-            "checkpoint with config.json and safetensors is right, no adapter alone and no pickle")
 
 
 def convert_config(c, family):
     """transformers' config object -> Config. Raises ValueError for what is not built here."""
     text, vision, rope = c.text_config, c.vision_config, c.text_config.rope_parameters
-    for what, value, *right in (
-            ("text model_type", text.model_type, "llama", "mistral", "qwen2_vl_text"),
-            ("text hidden_act", text.hidden_act, "silu"),
-            ("rope_type", rope["rope_type"], "default"),
-            ("attention_bias", getattr(text, "attention_bias", False), False),
-            ("vision hidden_act", vision.hidden_act, "quick_gelu"),
-            ("projector_hidden_act", getattr(c, "projector_hidden_act", "gelu"), "gelu"),
-            ("vision_feature_layer", type(getattr(c, "vision_feature_layer", 0)).__name__, "int")):
-        require(value in right, f"{what} {value} is not built here, only {right}")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    shared = dict(
-        family=family, layers=text.num_hidden_layers, heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads, head_dim=head_dim, width=text.hidden_size,
-        mlp_width=text.intermediate_size, vocabulary=text.vocab_size, rms_eps=text.rms_norm_eps,
-        rope_theta=rope["rope_theta"], tied=c.tie_word_embeddings, vision=vision,
+    D = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    qwen, needed = family == "qwen2_vl", [            # what, its value, which values are built here
+        ("text model_type", text.model_type, ("llama", "mistral", "qwen2_vl_text")),
+        ("text hidden_act", text.hidden_act, ("silu",)),
+        ("rope_type", rope["rope_type"], ("default",)),
+        ("attention_bias", getattr(text, "attention_bias", False), (False,)),
+        ("vision hidden_act", vision.hidden_act, ("quick_gelu",))]
+    if qwen:
+        sections, image_token = tuple(rope["mrope_section"]), c.image_token_id
+        needed += [("mrope_section", (len(sections), sum(sections)), [(3, D // 2)])]
+    else:
+        sections, image_token, depth = (D // 2, 0, 0), c.image_token_index, vision.num_hidden_layers
+        sides = {side for size in c.image_grid_pinpoints for side in size} or {1}
+        needed += [
+            ("projector_hidden_act", c.projector_hidden_act, ("gelu",)),
+            ("vision_feature_select_strategy", c.vision_feature_select_strategy, ("default",)),
+            ("vision_feature_layer", c.vision_feature_layer, range(-depth - 1, depth + 1)),
+            ("image_grid_pinpoints, rest by image_size",
+             max(side % vision.image_size for side in sides), (0,))]
+    for what, value, possible in needed:
+        if value not in possible:
+            raise ValueError(f"{what} is {value}: must be in {possible}, nothing else is built")
+    return Config(
+        family, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, D,
+        text.hidden_size, text.intermediate_size, text.vocab_size, text.rms_norm_eps,
+        rope["rope_theta"], sections, qkv_bias=qwen, tied=c.tie_word_embeddings,
         max_tokens=getattr(text, "sliding_window", None) or sys.maxsize,
-        trained_tokens=text.max_position_embeddings,
-        dtype=c.dtype or text.dtype or torch.float32)
-    if family == "qwen2_vl":
-        return Config(**shared, mrope_section=tuple(rope["mrope_section"]), qkv_bias=True,
-                      image_token=c.image_token_id, template=QWEN_TEMPLATE)
-    template = MISTRAL_TEMPLATE if text.model_type == "mistral" else VICUNA_TEMPLATE
-    return Config(**shared, mrope_section=(head_dim // 2, 0, 0), qkv_bias=False, template=template,
-                  image_token=c.image_token_index, vision_layer=c.vision_feature_layer,
-                  keep_class_token=c.vision_feature_select_strategy == "full",
-                  projector_bias=c.multimodal_projector_bias,
-                  pinpoints=tuple(tuple(size) for size in c.image_grid_pinpoints))
+        trained_tokens=text.max_position_embeddings, image_token=image_token,
+        dtype=c.dtype or text.dtype or torch.float32, vision=vision, full=c)
 
 
 # ---- the decoder ---------------------------------------------------------------------------------
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class Linear(nn.Linear):
+    """x W^T + b, with two detours on a CPU. MKL leaves a float32 product of one row, as in decoding
+    it is, to one core of an AMD CPU: so it is given as PARTS smaller products. And without units
+    for half precision, many rows are multiplied faster in float32."""
 
-    def forward(self, x):                                                       # (T, E) -> (T, E)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x):                                                    # (..., n) -> (..., m)
+        W, b, rows = self.weight, self.bias, x.numel() // x.shape[-1]
+        half, on_cpu, whole = W.dtype != torch.float32, not W.is_cuda, len(W) % PARTS == 0
+        if on_cpu and half and rows > 16 and not has_units(W.dtype):
+            return F.linear(x.float(), W.float(), None if b is None else b.float()).to(x.dtype)
+        if on_cpu and not half and rows == 1 and whole and torch.get_num_threads() > 1:
+            out = torch.bmm(x.expand(PARTS, 1, -1), W.view(PARTS, -1, W.shape[1]).mT)
+            out = out.view(*x.shape[:-1], -1)
+            return out if b is None else out + b
+        return F.linear(x, W, b)
+
+
+@lru_cache
+def has_units(dtype):
+    """Whether the CPU multiplies matrices of a half-precision dtype by itself."""
+    kind, found = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], getattr(
+        torch.cpu, "get_capabilities", dict)()
+    return found.get(f"amx_{kind}", False) or found.get(f"avx512_{kind}", False)
 
 
 def rotary_angles(positions, c):
-    """positions (3, T): time, row and column of every token -> cos, sin (T, D), float32, for
-    `rotate`.
+    """cos, sin (T, D) float32, for `rotate`, of positions (3, T): time, row and column of every
+    token.
 
     M-RoPE (Qwen2-VL, section 2.1): each frequency turns with one of the three axes. Text has the
-    same number on all three, which makes it ordinary RoPE (arXiv 2104.09864). LLaVA-NeXT's
-    sections leave everything to the first axis.
-    """
+    same position on all three, which makes it ordinary RoPE (arXiv 2104.09864). In LLaVA-NeXT all
+    frequencies turn with the first axis."""
     frequency, axis = rotary_frequencies(c.rope_theta, c.head_dim, tuple(c.mrope_section),
                                          positions.device)
     return both_halves(positions.float()[axis].T * frequency)                             # (T, D/2)
@@ -194,14 +176,14 @@ def both_halves(angles):
 
 def rotate(x, cos, sin):
     """Rotary positions: x (heads, T, D) turned by cos, sin (T, D). The first half of D is paired
-    with the second: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    with the second half: (a, b) -> (a cos - b sin, b cos + a sin)."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def prefill_attention(q, k, v):
-    """Causal attention over a whole prompt, one KV head at a time with the R query heads of its
-    group. q: (H, T, D); k, v: (G, T, D). Returns (H, T, D). The fused kernel never holds a T x T
-    matrix, and has float32 logits in every dtype."""
+    """Causal attention over a whole prompt, one KV head at a time with its R query heads. q: (H, T,
+    D); k, v: (G, T, D). Returns (H, T, D). The fused kernel never holds a T x T matrix, and has
+    float32 logits in every dtype."""
     R, out = len(q) // len(k), []
     for g in range(len(k)):
         k_g, v_g = (x[None, g, None].expand(1, R, -1, -1) for x in (k, v))           # (1, R, T, D)
@@ -211,72 +193,51 @@ def prefill_attention(q, k, v):
 
 
 def no_cache(layer, q, k, v):
-    """The simplest `attend`."""
+    """The simplest `attend`: a whole prompt, and nothing kept of it."""
     return prefill_attention(q, k, v)
-
-
-def linear(x, weight, add=None):
-    """x @ weight.T + add: x (T, n), weight (m, n), add (m,) or (T, m) -> (T, m).
-
-    In decoding x is one row. On a CPU such a float32 product may be left to one thread, however
-    large the weights (by MKL on an AMD EPYC), so it is given as PARTS smaller products."""
-    m, n = weight.shape
-    if len(x) == 1 and m % PARTS == 0 and not weight.is_cuda and weight.dtype == torch.float32 \
-            and torch.get_num_threads() > 1:
-        factors = x.expand(PARTS, 1, n), weight.view(PARTS, -1, n).mT
-        out = torch.bmm(*factors) if add is None else \
-            torch.baddbmm(add.view(PARTS, 1, -1), *factors)
-        return out.view(1, m)
-    return x @ weight.T if add is None else torch.addmm(add, x, weight.T)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.H, self.G, self.D = c.heads, c.kv_heads, c.head_dim
-        self.qkv_proj = nn.Linear(c.width, (self.H + 2 * self.G) * self.D, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(self.H * self.D, c.width, bias=False)
+        self.D, H, G = c.head_dim, c.heads, c.kv_heads
+        self.q_proj = Linear(c.width, H * self.D, bias=c.qkv_bias)
+        self.k_proj = Linear(c.width, G * self.D, bias=c.qkv_bias)
+        self.v_proj = Linear(c.width, G * self.D, bias=c.qkv_bias)
+        self.o_proj = Linear(H * self.D, c.width, bias=False)
 
-    def project(self, x, cos, sin):
-        """x: (T, E) -> q (H, T, D), k, v (G, T, D); q and k turned by cos, sin (T, D)."""
-        qkv = linear(x, self.qkv_proj.weight, self.qkv_proj.bias)             # (T, (H + 2*G) * D)
-        qkv = qkv.view(len(x), -1, self.D).transpose(0, 1)                        # (H + 2*G, T, D)
-        qk, v = qkv.split([self.H + self.G, self.G])
-        q, k = rotate(qk, cos, sin).split([self.H, self.G])
-        return q, k, v
+    def forward(self, x, cos, sin, layer, attend):                              # (T, E) -> (T, E)
+        q, k, v = (project(x).view(len(x), -1, self.D).transpose(0, 1)       # (H or G, T, D) each
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed = attend(layer, q, k, v)                                                  # (H, T, D)
+        return self.o_proj(mixed.transpose(0, 1).flatten(1))                 # (T, H*D) -> (T, E)
 
 
-class MLP(nn.Module):
+class MLP(nn.Module):                                                # SwiGLU (arXiv 2002.05202)
     def __init__(self, c):
         super().__init__()
-        self.gate_up_proj = nn.Linear(c.width, 2 * c.mlp_width, bias=False)
-        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
+        self.gate_proj = Linear(c.width, c.mlp_width, bias=False)
+        self.up_proj = Linear(c.width, c.mlp_width, bias=False)
+        self.down_proj = Linear(c.mlp_width, c.width, bias=False)
+
+    def forward(self, x):                                                       # (T, E) -> (T, E)
+        if len(x) > MLP_SLICE:                              # to bound the memory of a long prompt
+            return torch.cat([self(part) for part in x.split(MLP_SLICE)])
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.rms_eps)
+        self.input_layernorm = nn.RMSNorm(c.width, c.rms_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.width, c.rms_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.width, c.rms_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, layer, attend):
-        """x: (T, E); cos, sin: (T, D); attend: see Decoder. Returns (T, E)."""
-        x = self.add_attention(x, cos, sin, layer, attend)
-        if len(x) <= MLP_SLICE:
-            return self.add_mlp(x)
-        return torch.cat([self.add_mlp(part) for part in x.split(MLP_SLICE)])  # to bound its memory
-
-    def add_attention(self, x, cos, sin, layer, attend):                        # (T, E) -> (T, E)
-        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
-        mixed = attend(layer, q, k, v).transpose(0, 1).flatten(1)            # (H, T, D) -> (T, H*D)
-        return linear(mixed, self.self_attn.o_proj.weight, add=x)
-
-    def add_mlp(self, x):                                                       # (T, E) -> (T, E)
-        both = linear(self.post_attention_layernorm(x), self.mlp.gate_up_proj.weight)
-        gate, up = both.chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.mlp.down_proj.weight, add=x)
+    def forward(self, x, cos, sin, layer, attend):                              # (T, E) -> (T, E)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -285,21 +246,16 @@ class Decoder(nn.Module):
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width, c.rms_eps)
+        self.norm = nn.RMSNorm(c.width, c.rms_eps)
 
     def forward(self, x, positions, attend):
-        """x: (T, E) embeddings of tokens and images; positions: (3, T). Returns (T, E).
-
-        attend(layer, q, k, v) -> out, with q, out (H, T, D) and k, v (G, T, D) after RoPE, is all
-        that the decoder knows of attention over anything but these T tokens."""
-        return self.norm(self.run_layers(x, positions, attend))
-
-    def run_layers(self, x, positions, attend, first=0, last=None):
-        """The layers `first` to `last`, not included, alone. x: (T, E). Returns (T, E)."""
+        """x: (T, E) embeddings of tokens and images; positions: (3, T). Returns (T, E). All that
+        the decoder knows of attention is attend(layer, q, k, v) -> (H, T, D), with q (H, T, D), k
+        and v (G, T, D), after RoPE."""
         cos, sin = (angle.to(x.dtype) for angle in rotary_angles(positions, self.config))
-        for l, layer in list(enumerate(self.layers))[first:last]:
+        for l, layer in enumerate(self.layers):
             x = layer(x, cos, sin, l, attend)
-        return x
+        return self.norm(x)
 
 
 # ---- what both families share --------------------------------------------------------------------
@@ -322,18 +278,12 @@ class Prompt:
     """A prompt as the decoder takes it, and where its images are."""
     ids: torch.Tensor           # (T,) token ids; those of images are all config.image_token
     positions: torch.Tensor     # (3, T)
-    pixels: list                # for each image what the vision tower takes
-    images: list                # for each image its ImageTokens ...
+    pixels: list                # for each image, what the vision tower takes
+    images: list                # for each image, its ImageTokens ...
     starts: list                # ... and where in ids they start
 
-    @property
-    def image_tokens(self):
-        return sum(map(len, self.images))
-
-    @property
-    def next_position(self):
-        """Where the text after the prompt goes on."""
-        return int(self.positions.max()) + 1
+    image_tokens = property(lambda self: sum(map(len, self.images)))
+    next_position = property(lambda self: int(self.positions.max()) + 1)      # of text behind it
 
     def extended(self, ids):
         """The prompt with further text after it, token ids (n,)."""
@@ -344,67 +294,66 @@ class Prompt:
 
 
 class VisionLanguageModel(nn.Module):
-    """What LlavaNext and Qwen2VL share. Each adds `decoder`, `lm_head`, and of an image: `lay_out`
-    (which token shows what), `see` (pixels to embeddings) and `span` (positions)."""
+    """What LlavaNext and Qwen2VL share. Each adds three functions of an image: `image_layout`
+    (which token shows what), `encode_image` (pixels to embeddings) and `image_positions`."""
 
-    @property
-    def device(self):
-        return self.decoder.embed_tokens.weight.device
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.decoder = Decoder(c)
+        self.lm_head = Linear(c.width, c.vocabulary, bias=False)
 
-    @property
-    def dtype(self):
-        return self.decoder.embed_tokens.weight.dtype
+    device = property(lambda self: self.lm_head.weight.device)
+    dtype = property(lambda self: self.lm_head.weight.dtype)
 
     def embed(self, prompt):
         """Embeddings (T, E) of a prompt, with its images in their places."""
         x = self.decoder.embed_tokens(prompt.ids)
         for pixels, image, start in zip(prompt.pixels, prompt.images, prompt.starts):
-            x[start:start + len(image)] = self.see(pixels, image)
+            x[start:start + len(image)] = self.encode_image(pixels, image)
         return x
 
     def hidden_states(self, prompt, attend=no_cache):
-        """Of a whole prompt: the decoder's output (T, E)."""
+        """The decoder's output (T, E) for a whole prompt."""
         return self.decoder(self.embed(prompt), prompt.positions, attend)
 
-    def logits(self, hidden):
-        """(..., E) -> (..., vocabulary)."""
-        output = self.decoder.embed_tokens if self.config.tied else self.lm_head
-        return linear(hidden, output.weight)
+    def logits(self, hidden):                                        # (..., E) -> (..., vocabulary)
+        return self.lm_head(hidden)
 
     def decode(self, token, position, attend):
-        """Of one more token: the logits (vocabulary,) that follow `token`, a text token, which
-        stands at `position` on all three axes. Both are numbers, or tensors (1,)."""
+        """The logits (vocabulary,) after one more text token, which stands at `position` on all
+        three axes. token, position: numbers, or tensors (1,)."""
         x = self.decoder.embed_tokens(torch.as_tensor(token, device=self.device).view(1))   # (1, E)
         positions = torch.as_tensor(position, device=self.device).expand(3, 1)
         return self.logits(self.decoder(x, positions, attend))[0]
 
     def check_length(self, T, new):
-        """Raises ValueError if a prompt's T tokens and `new` ones are more than attention spans,
-        and notes if they are more than the model was trained on."""
-        require(T + new <= self.config.max_tokens,
-                f"prompt of {T} tokens and {new} new ones exceed the sliding window of "
-                f"{self.config.max_tokens}, which is not built here")
-        if T + new > self.config.trained_tokens:
-            note("a prompt with its answer may be longer than the "
-                 f"{self.config.trained_tokens:,} tokens that the model was trained on; what "
-                 "follows them is not to be relied on (max_position_embeddings)")
+        """Raises ValueError if T prompt tokens and `new` ones exceed the sliding window. Notes if
+        they exceed what the model was trained on."""
+        total, c = T + new, self.config
+        if total > c.max_tokens:
+            raise ValueError(f"{total} tokens: must fit the sliding window of {c.max_tokens}")
+        if total > c.trained_tokens:
+            note(f"prompt and answer may exceed the {c.trained_tokens:,} tokens of training")
 
     def positions(self, T, images, starts):
-        """Positions (3, T): text counts up by one on all axes; an image takes its `span`, and the
-        text after it goes on from there."""
+        """Positions (3, T): text counts up by one on all axes; an image takes its image_positions,
+        and the text after it goes on behind them."""
         parts, position, done = [], 0, 0
-        for image, start in zip(images, starts):
-            within, taken = self.span(image)
-            text = torch.arange(position, position + start - done)
-            parts += [text.expand(3, -1), within + position + start - done]
-            position, done = position + start - done + taken, start + len(image)
-        rest = torch.arange(position, position + T - done)
-        return torch.cat([*parts, rest.expand(3, -1)], dim=1)
+        for image, start in [*zip(images, starts), (None, T)]:
+            parts.append(torch.arange(position, position + start - done).expand(3, -1))
+            position += start - done
+            if image:
+                within, taken = self.image_positions(image)
+                parts.append(within + position)
+                position, done = position + taken, start + len(image)
+        return torch.cat(parts, dim=1)
 
 
-def group(**modules):
-    """Modules under one name, as the checkpoints have them."""
-    return nn.ModuleDict(modules)
+@lru_cache
+def note(text):
+    """Says once, on stderr, what is no error but may not be what the user meant."""
+    print(f"note: {' '.join(text.split())}", file=sys.stderr)
 
 
 def quick_gelu(x):
@@ -424,18 +373,16 @@ def cell_boxes(rows, columns, cell, size, corner=(0.0, 0.0)):
 
 # ---- LLaVA-NeXT ----------------------------------------------------------------------------------
 
-class CLIPLayer(nn.Module):
-    """A pre-norm transformer layer with full attention within each tile."""
-
+class CLIPLayer(nn.Module):                          # pre-norm, full attention within each tile
     def __init__(self, v):
         super().__init__()
         V, wide = v.hidden_size, v.intermediate_size
         self.num_heads = v.num_attention_heads
         self.layer_norm1 = nn.LayerNorm(V, v.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(V, v.layer_norm_eps)
-        self.self_attn = group(q_proj=nn.Linear(V, V), k_proj=nn.Linear(V, V),
-                               v_proj=nn.Linear(V, V), out_proj=nn.Linear(V, V))
-        self.mlp = group(fc1=nn.Linear(V, wide), fc2=nn.Linear(wide, V))
+        self.self_attn = nn.ModuleDict({name: Linear(V, V) for name in
+                                        ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict(dict(fc1=Linear(V, wide), fc2=Linear(wide, V)))
 
     def forward(self, x):                                             # (tiles, P, V) -> the same
         y, attn = self.layer_norm1(x), self.self_attn
@@ -452,12 +399,13 @@ class CLIP(nn.Module):
     def __init__(self, v):
         super().__init__()
         V, side = v.hidden_size, v.image_size // v.patch_size
-        self.embeddings = group(
+        self.embeddings = nn.ModuleDict(dict(
             patch_embedding=nn.Conv2d(3, V, v.patch_size, v.patch_size, bias=False),
-            position_embedding=nn.Embedding(1 + side * side, V))
+            position_embedding=nn.Embedding(1 + side * side, V)))
         self.embeddings.class_embedding = nn.Parameter(torch.zeros(V))
         self.pre_layrnorm = nn.LayerNorm(V, v.layer_norm_eps)          # so spelled in checkpoints
-        self.encoder = group(layers=nn.ModuleList(CLIPLayer(v) for _ in range(v.num_hidden_layers)))
+        layers = nn.ModuleList(CLIPLayer(v) for _ in range(v.num_hidden_layers))
+        self.encoder = nn.ModuleDict(dict(layers=layers))
         self.post_layernorm = nn.LayerNorm(V, v.layer_norm_eps)        # there, but not in use
 
     def forward(self, tiles, hidden_state):
@@ -470,16 +418,6 @@ class CLIP(nn.Module):
         for layer in layers[:range(len(layers) + 1)[hidden_state]]:
             x = layer(x)
         return x
-
-
-def best_resolution(size, pinpoints):
-    """Anyres: the (height, width) among pinpoints that keeps most of the pixels of an image of the
-    given size, and of those the one that wastes least."""
-    def kept_and_wasted(best):
-        scale = min(best[0] / size[0], best[1] / size[1])
-        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return kept, kept - best[0] * best[1]
-    return max(pinpoints, key=kept_and_wasted)
 
 
 def fitted_size(size, best):
@@ -503,35 +441,37 @@ def unpadded(rows, columns, size):
 
 class LlavaNext(VisionLanguageModel):
     def __init__(self, c):
-        super().__init__()
-        self.config, self.S = c, c.vision.image_size
+        super().__init__(c)
+        self.S = c.vision.image_size
         self.side = c.vision.image_size // c.vision.patch_size          # tokens along a tile's side
         self.image_newline = nn.Parameter(torch.zeros(c.width))
-        self.vision_tower = group(vision_model=CLIP(c.vision))
-        self.multi_modal_projector = group(
-            linear_1=nn.Linear(c.vision.hidden_size, c.width, bias=c.projector_bias),
-            linear_2=nn.Linear(c.width, c.width, bias=c.projector_bias))
-        self.language_model = group(model=Decoder(c))
-        if not c.tied:
-            self.language_model["lm_head"] = nn.Linear(c.width, c.vocabulary, bias=False)
-
-    @property
-    def decoder(self):
-        return self.language_model["model"]
-
-    @property
-    def lm_head(self):
-        return self.language_model["lm_head"]
+        self.vision_tower = CLIP(c.vision)
+        self.multi_modal_projector = nn.ModuleDict(dict(
+            linear_1=Linear(c.vision.hidden_size, c.width, bias=c.full.multimodal_projector_bias),
+            linear_2=Linear(c.width, c.width, bias=c.full.multimodal_projector_bias)))
 
     def tile_grid(self, size):
-        """For an image of the given size: the (height, width) it is fitted to, and how many tiles
-        that has down and across."""
-        best = best_resolution(size, self.config.pinpoints)
+        """Anyres: the (height, width) that an image of the given size is fitted to (transformers'
+        choice among the pinpoints), and how many tiles that has down and across."""
+        from transformers.image_processing_utils import select_best_resolution
+        best = select_best_resolution(size, self.config.full.image_grid_pinpoints)
         return best, best[0] // self.S, best[1] // self.S
 
-    def lay_out(self, size, processed):
-        """The image is resized in its own shape, put in the middle of its best resolution and cut
-        into tiles; what a cell of the grid shows follows by undoing that."""
+    def image_layout(self, size, processed):
+        """ImageTokens of an image of the given size. The image processor resizes the image in its
+        own shape, puts it in the middle of its best resolution, and cuts that into tiles. We undo
+        this to learn what a cell of the grid shows. Example: tiles of S = 336 pixels, cells of 14,
+        an image of 1,344 x 896 pixels (width x height), whose best resolution is 672 x 672:
+
+             0                   672     scale    1344 / 672 = 2 original pixels a pixel
+           0 .-------------------.       resized  to 672 x 448
+             |      padding      |       corner   (672 - 448) / 2 = 112 rows of padding: y = -224
+         112 |-------------------|       cells    48 x 48, of which rows 8 to 39 show the image:
+             | image: 672 x 448  |                32 x 48, and a newline behind each row
+         560 |-------------------|       first    cell shows x 0 to 28, y 0 to 28
+             |      padding      |       tokens   576 (thumbnail) + 32 * (48 + 1) = 2,144
+         672 '-------------------'
+        """
         s, patch = self.side, self.config.vision.patch_size
         best, down, across = self.tile_grid(size)
         inner = fitted_size(size, best)
@@ -546,11 +486,10 @@ class LlavaNext(VisionLanguageModel):
         kinds = torch.tensor([THUMBNAIL] * (s * s) + ([GRID] * c + [NEWLINE]) * r)
         return ImageTokens(size, (r, c), kinds, boxes)
 
-    def see(self, tiles, image):
-        """tiles: (1 + n, 3, S, S), the thumbnail first -> embeddings (len(image), E)."""
+    def encode_image(self, tiles, image):
+        """Embeddings (len(image), E) of tiles (1 + n, 3, S, S), the thumbnail first."""
         s, projector = self.side, self.multi_modal_projector
-        x = self.vision_tower.vision_model(tiles, self.config.vision_layer)          # (1+n, 1+P, V)
-        x = x if self.config.keep_class_token else x[:, 1:]
+        x = self.vision_tower(tiles, self.config.full.vision_feature_layer)[:, 1:]  # (1+n, P, V)
         x = projector.linear_2(F.gelu(projector.linear_1(x)))                          # (1+n, P, E)
         _, down, across = self.tile_grid(image.size)
         grid = x[1:].view(down, across, s, s, -1).transpose(1, 2)         # (down, s, across, s, E)
@@ -558,23 +497,21 @@ class LlavaNext(VisionLanguageModel):
         newline = self.image_newline.expand(len(grid), 1, -1)
         return torch.cat([x[0], torch.cat([grid, newline], dim=1).flatten(0, 1)])
 
-    def span(self, image):
+    def image_positions(self, image):
         """Positions (3, n) of an image's tokens, from 0, and how many positions they take."""
         return torch.arange(len(image)).expand(3, -1), len(image)
 
 
 # ---- Qwen2-VL ------------------------------------------------------------------------------------
 
-class QwenVisionBlock(nn.Module):
-    """A pre-norm transformer layer with full attention over the patches of one image."""
-
+class QwenVisionBlock(nn.Module):           # pre-norm, full attention over one image's patches
     def __init__(self, v):
         super().__init__()
         V, wide = v.embed_dim, int(v.embed_dim * v.mlp_ratio)
         self.num_heads = v.num_heads
         self.norm1, self.norm2 = nn.LayerNorm(V, 1e-6), nn.LayerNorm(V, 1e-6)
-        self.attn = group(qkv=nn.Linear(V, 3 * V), proj=nn.Linear(V, V))
-        self.mlp = group(fc1=nn.Linear(V, wide), fc2=nn.Linear(wide, V))
+        self.attn = nn.ModuleDict(dict(qkv=Linear(V, 3 * V), proj=Linear(V, V)))
+        self.mlp = nn.ModuleDict(dict(fc1=Linear(V, wide), fc2=Linear(wide, V)))
 
     def forward(self, x, cos, sin):                                             # (P, V) -> (P, V)
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
@@ -594,14 +531,14 @@ class QwenVision(nn.Module):
         V, merged = v.embed_dim, v.embed_dim * v.spatial_merge_size ** 2
         kernel = (v.temporal_patch_size, v.patch_size, v.patch_size)
         self.config = v
-        self.patch_embed = group(proj=nn.Conv3d(3, V, kernel, kernel, bias=False))
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, V, kernel, kernel, bias=False)))
         self.blocks = nn.ModuleList(QwenVisionBlock(v) for _ in range(v.depth))
-        self.merger = group(ln_q=nn.LayerNorm(V, 1e-6), mlp=nn.Sequential(
-            nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, v.hidden_size)))
+        self.merger = nn.ModuleDict(dict(ln_q=nn.LayerNorm(V, 1e-6), mlp=nn.Sequential(
+            Linear(merged, merged), nn.GELU(), Linear(merged, v.hidden_size))))
 
     def forward(self, patches, rows, columns):
-        """patches: (P, 3 * 2 * p * p), each image repeated for the two frames that a patch spans,
-        of an image of rows x columns tokens -> (rows * columns, E)."""
+        """patches: (P, 3 * 2 * p * p) of an image of rows x columns tokens, repeated for the two
+        frames that a patch spans -> (rows * columns, E)."""
         x = patches @ self.patch_embed.proj.weight.flatten(1).T   # (P, V): where its stride is its
                                                                   # size, a convolution is a product
         cos, sin = self.rotary_angles(rows, columns, x.device)
@@ -610,8 +547,8 @@ class QwenVision(nn.Module):
         return self.merger.mlp(self.merger.ln_q(x).view(rows * columns, -1))  # (P, V) -> (P/4, 4*V)
 
     def rotary_angles(self, rows, columns, device):
-        """2-D rotary positions: cos, sin (P, D) for `rotate`, half of the frequencies turning with
-        the patch's row and half with its column."""
+        """cos, sin (P, D) for `rotate`: half of the frequencies turn with the patch's row, half
+        with its column."""
         m, D = self.config.spatial_merge_size, self.config.embed_dim // self.config.num_heads
         y, x = torch.meshgrid(torch.arange(rows * m), torch.arange(columns * m), indexing="ij")
         yx = torch.stack([y, x], dim=-1).view(rows, m, columns, m, 2)
@@ -622,33 +559,25 @@ class QwenVision(nn.Module):
 
 class Qwen2VL(VisionLanguageModel):
     def __init__(self, c):
-        super().__init__()
-        self.config = c
+        super().__init__(c)
         self.visual = QwenVision(c.vision)
-        self.model = Decoder(c)
-        if not c.tied:
-            self.lm_head = nn.Linear(c.width, c.vocabulary, bias=False)
 
-    @property
-    def decoder(self):
-        return self.model
-
-    def lay_out(self, size, processed):
-        """The image is resized to a whole number of tokens on either axis, so that what a token
-        shows need not be square."""
+    def image_layout(self, size, processed):
+        """ImageTokens of an image of the given size. The image processor resizes the image to a
+        whole number of tokens on either axis, so that a token may show a rectangle."""
         merge = self.config.vision.spatial_merge_size
         rows, columns = (processed["image_grid_thw"][0, 1:] // merge).tolist()
         boxes = cell_boxes(rows, columns, [size[0] / rows, size[1] / columns], size).flatten(0, 1)
         return ImageTokens(size, (rows, columns), torch.full((rows * columns,), GRID), boxes)
 
-    def see(self, patches, image):
-        """patches: (P, 3 * 2 * p * p) -> embeddings (len(image), E)."""
+    def encode_image(self, patches, image):
+        """Embeddings (len(image), E) of patches (P, 3 * 2 * p * p)."""
         return self.visual(patches, *image.grid)
 
-    def span(self, image):
-        """Positions (3, n) of an image's tokens, from 0: time stands still, rows and columns count.
-        They take as many positions as the longer side has tokens, so that none of the text's is
-        also one of theirs."""
+    def image_positions(self, image):
+        """Positions (3, n) of an image's tokens, from 0, and how many positions they take: time
+        stands still, rows and columns count. An image takes as many positions as its longer side
+        has tokens, so that the text after it shares none of them."""
         rows, columns = image.grid
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         return torch.stack([torch.zeros_like(y), y, x]).flatten(1), max(rows, columns)
@@ -659,149 +588,108 @@ class Qwen2VL(VisionLanguageModel):
 MODELS = {"llava_next": LlavaNext, "qwen2_vl": Qwen2VL}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Tensors are spelled as on the hub (our names), as transformers 5 saves them, or as it holds them.
-SPELLINGS = {
-    "llava_next": ((r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1"),
-                   (r"^model\.language_model\.", "language_model.model."),
-                   (r"^lm_head\.", "language_model.lm_head."),
-                   (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
-    "qwen2_vl": ((r"^model\.visual\.", "visual."),
-                 (r"^model\.language_model\.", "model."))}
-# Products of the same input are one product here: name -> what it is joined from, in this order.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Checkpoints spell tensors as on the hub, as transformers 5 saves them, or as it holds them. These
+# replacements, in this order, give our names.
+NAMES = ((r"^(model\.|language_model\.)+", ""),
+         (r"^(?=embed_tokens|layers|norm)", "decoder."),
+         (r"^vision_tower\.vision_model\.", "vision_tower."))
 OLD_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")      # constants in some old files
 
 
-def find_device(name):
-    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" -> torch.device. Raises ValueError
-    if there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(re.fullmatch(r"cpu|cuda(:\d+)?", name),
-            f"device {name!r}: auto, cpu, cuda or cuda:N is right")
-    device = torch.device(name)
-    require(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(),
-            f"device {name!r} is none of the {torch.cuda.device_count()} CUDA devices that PyTorch "
-            "finds; cpu or auto is right")
-    return device
-
-
-def load(name, device="auto", dtype="auto"):
-    """A model, ready to use, with its `folder`, its `name` and its `processor`.
-
-    name: a checkpoint's folder, or its id on the Hugging Face hub; device: "auto" takes CUDA if
-    there is one; dtype: "auto" is float32 on a CPU and the checkpoint's own on CUDA. Raises
-    ValueError, in one line, for whatever is wrong with the checkpoint.
-    """
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    device, folder = find_device(device), find_folder(name)
-    config = read_config(folder)
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else config.dtype
-    with torch.device("meta"):                                    # only shapes, no memory, no time
-        model = MODELS[config.family](config).requires_grad_(False)
-    model = model.to(DTYPES.get(dtype, dtype)).to_empty(device=device)
-    copy_weights(model, read_tensors(folder), folder)
-    model.folder, model.processor = folder, Processor(folder, config)
-    model.name = Path(name).resolve().name if Path(name).is_dir() else str(name)
-    return model.eval()
-
-
-def find_folder(name):
-    """A checkpoint's folder: a local one, or the hub's, downloaded, where config.json is refused
-    before the weights come. Raises ValueError after 15 seconds in which the hub says nothing."""
-    if Path(name).is_dir():
-        return Path(name)
-    require(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)),
-            f"model {name}: no such folder; a checkpoint's folder or a hub id such as "
-            "llava-hf/llava-v1.6-mistral-7b-hf is right")
-    from huggingface_hub import HfApi, snapshot_download
-    note(f"model {name}: no such folder; asking the hub for it")
-    try:
-        source, reason = dict(revision=HfApi().model_info(name, timeout=15).sha), None
-    except Exception as error:          # no network, no such repository, no access: many types
-        source, reason = dict(local_files_only=True), type(error).__name__       # but maybe cached
-
-    def download(*patterns):
-        try:
-            return Path(snapshot_download(name, allow_patterns=patterns, **source))
-        except Exception as error:
-            raise ValueError(f"model {name}: neither a local folder nor to be had from the hub "
-                             f"({reason or type(error).__name__})") from None
-
-    small = "*.json", "*.jinja", "*.model", "*.txt"
-    read_config(download(*small))
-    return download(*small, "*.safetensors")
-
-
-def hub_name(key, family):
-    """A tensor's name in the file -> its name here."""
-    for spelling, ours in SPELLINGS[family]:
+def hub_name(key):
+    """A tensor's name in a checkpoint -> its name here."""
+    for spelling, ours in NAMES:
         key = re.sub(spelling, ours, key)
     return key
 
 
-def published_tensors(model):
-    """name of a tensor in published checkpoints -> the part of the model that it fills."""
-    c, parts = model.config, {}
-    heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    rows = {"qkv_proj": (heads, kv_heads, kv_heads), "gate_up_proj": (c.mlp_width, c.mlp_width)}
-    for name, tensor in model.state_dict().items():
-        module = name.split(".")[-2] if "." in name else ""
-        for part, piece in zip(JOINED.get(module, (module,)),
-                               tensor.split(rows.get(module, len(tensor)))):
-            parts[name.replace(f".{module}.", f".{part}.")] = piece
-    return parts
+def load(name, device="auto", dtype="auto"):
+    """A model, ready to use, with its `folder`, `name`, `processor` and `load_seconds`. name: a
+    checkpoint's folder, or its id on the Hugging Face hub; device: "auto" takes CUDA if there is
+    one; dtype: "auto" is float32 on a CPU and the checkpoint's own on CUDA. Raises ValueError for
+    whatever is wrong with the checkpoint."""
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    start = time.perf_counter()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with reading(f"--device {device}"):
+        device = torch.empty(0, device=device).device
+    with reading(f"--model {name}"):
+        folder = find_folder(name)
+        config = read_config(folder)
+        if dtype == "auto":
+            dtype = "float32" if device.type == "cpu" else config.dtype
+        with torch.device("meta"):                                # only shapes, no memory, no time
+            model = MODELS[config.family](config).requires_grad_(False).eval()
+        model.processor = Processor(folder, config)
+        load_weights(model, folder, device, DTYPES.get(dtype, dtype))
+    model.folder, model.load_seconds = folder, time.perf_counter() - start
+    model.name = Path(name).resolve().name if Path(name).is_dir() else str(name)
+    return model
 
 
-def copy_weights(model, tensors, folder):
-    """Fills the model. tensors: pairs of (name, tensor), one at a time; folder: for messages.
-    Raises ValueError that names the first missing, surplus or misshapen tensor."""
-    c, parts, filled = model.config, published_tensors(model), set()
-    embedding, output = model.decoder.embed_tokens.weight, {}
-    if c.tied:                                           # a file may hold the same tensor twice
-        output = {"language_model." * (c.family == "llava_next") + "lm_head.weight":
-                  torch.zeros_like(embedding)}
-    for key, tensor in tensors:
-        if OLD_BUFFERS.search(key):
-            continue
-        name = hub_name(key, c.family)
-        part = parts.get(name, output.get(name))
-        require(part is not None and name not in filled, f"model {folder}: surplus tensor {key}")
-        require(tensor.shape == part.shape, f"model {folder}: tensor {key} has shape "
-                f"{list(tensor.shape)}, not {list(part.shape)}")
-        part.copy_(tensor)
-        filled.add(name)
-    missing = sorted(parts.keys() - filled)
-    require(not missing, f"model {folder}: {len(missing)} tensors missing: {' '.join(missing[:1])}")
-    for name in output.keys() & filled:
-        require(torch.equal(output[name], embedding),
-                f"model {folder}: {name} is not the input embedding it is tied to")
-
-
-def read_tensors(folder):
-    """Pairs of (name, tensor) of a checkpoint's files, one at a time, on the CPU."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    yield key, file.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"model {folder}: {path.name} cannot be read: {error}") from None
+def find_folder(name):
+    """A checkpoint's folder: a local one, or one that is downloaded from the hub, config.json
+    first, so that a model that is not built here is refused early."""
+    if Path(name).is_dir():
+        for path in filter(Path.is_file, Path(name).iterdir()):
+            with open(path, "rb") as file:
+                if file.read(8) == b"version ":
+                    raise ValueError(f"{path.name} is a git-lfs pointer; git lfs pull fetches it")
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    note(f"--model {name}: no such folder; asking the Hugging Face hub for it")
+    small = "*.json", "*.jinja", "*.model", "*.txt"
+    with reading("no such folder, and not from the hub"):
+        read_config(snapshot_download(name, allow_patterns=small))
+        return Path(snapshot_download(name, allow_patterns=(*small, "*.safetensors")))
 
 
 def weight_files(folder):
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
-    index, only = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        require(only.exists(), f"model {folder}: no model.safetensors in it, nor an index of "
-                               f"several; {contents(folder)}")
-        return [only]
-    match read_json(index, "model"):
-        case {"weight_map": dict(names)} if all(isinstance(x, str) for x in names.values()):
-            return [inside(folder, name) for name in sorted(set(names.values()))]
-    raise ValueError(f"model {folder}: {index.name} is not an index of weights")
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        with reading(index.name):
+            index = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing; must be a whole checkpoint in safetensors")
+    if (folder / "adapter_config.json").exists():
+        note(f"--model {folder}: the adapter beside the weights is not applied")
+    return [folder / name for name in names]
+
+
+def load_weights(model, folder, device, dtype):
+    """Fills a model that has only shapes, tensor by tensor, so that the weights are in memory once.
+    Raises ValueError for missing, surplus or misshapen tensors, or too little memory on a CPU."""
+    head, embedding, tied = "lm_head.weight", "decoder.embed_tokens.weight", model.config.tied
+    numbers = sum(w.numel() for w in model.parameters()) - tied * model.lm_head.weight.numel()
+    gigabytes = numbers * dtype.itemsize / 1e9
+    if device.type == "cpu" and gigabytes > machine_memory() / 1e9:
+        raise ValueError(f"{gigabytes:.1f} GB of weights in {dtype} must fit into "
+                         f"{machine_memory() / 1e9:.1f} GB of memory (in float32 they take "
+                         f"{4 * gigabytes / dtype.itemsize:.1f} GB, in bfloat16 half of that)")
+    files, state = weight_files(folder), {}
+    with tqdm(desc="weights", unit=" tensors", delay=2, leave=False, disable=None) as bar:
+        for path in files:
+            with reading(path.name), safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    if not OLD_BUFFERS.search(key):
+                        tensor = file.get_tensor(key)
+                        state[hub_name(key)] = tensor.to(device, dtype, copy=True)
+                        bar.update()
+    if tied and not torch.equal(state.setdefault(head, state[embedding]), state[embedding]):
+        raise ValueError(f"{head} must equal the input embedding, to which it is tied")
+    state |= {head: state[embedding]} if tied else {}
+    model.load_state_dict(state, assign=True)
+
+
+def machine_memory():
+    """Bytes of memory; infinite where the system does not tell."""
+    known = hasattr(os, "sysconf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -809,129 +697,121 @@ def weight_files(folder):
 class Processor:
     """A checkpoint's tokenizer, image processor, chat template and end tokens."""
 
-    def __init__(self, folder, config):
+    def __init__(self, folder, c):
         # By name, since the processors made with torchvision give other pixels.
         from transformers import (AutoTokenizer, LlavaNextImageProcessorPil,
                                   Qwen2VLImageProcessorPil)
         image_processor = {"llava_next": LlavaNextImageProcessorPil,
-                           "qwen2_vl": Qwen2VLImageProcessorPil}[config.family]
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                           "qwen2_vl": Qwen2VLImageProcessorPil}[c.family]
+        self.image_token = c.image_token
+        with reading("preprocessor_config.json"):
             self.image_processor = image_processor.from_pretrained(folder, local_files_only=True)
-            self.end_tokens, self.image_token = self.read_end_tokens(folder), config.image_token
-            own = self.read_template(folder), self.tokenizer.chat_template
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"model {folder}: tokenizer, template or image processor: "
-                             f"{error}") from None
-        self.template = next(filter(self.shows_image, (*own, config.template)), None)
-        if self.template is None:
-            mark = re.search(r"<image>|<\|image_pad\|>", config.template)[0]
-            raise ValueError(f"model {folder}: the image token is {config.image_token} in "
-                             f"config.json, but {mark} is token "
-                             f"{self.tokenizer.convert_tokens_to_ids(mark)} of the tokenizer")
-        if any(own) and self.template not in own:
-            note(f"model {folder}: its chat template has no place for an image; that of "
-                 f"{config.family} is used")
+            check_image_processor(self.image_processor, c)
+        with reading("tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.end_tokens = read_end_tokens(folder, self.tokenizer)
+            ids = {*self.end_tokens, *self.tokenizer.get_vocab().values()}
+            if min(ids) < 0 or max(ids) >= c.vocabulary:
+                raise ValueError(f"token ids {min(ids)} to {max(ids)}: must be from 0 to "
+                                 f"{c.vocabulary - 1} (vocab_size in config.json)")
+        with reading("chat template"):
+            template, path = self.tokenizer.chat_template, folder / "chat_template.json"
+            if path.exists() and not (folder / "chat_template.jinja").exists():
+                template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+            if isinstance(template, list):
+                template = {named["name"]: named["template"] for named in template}
+            self.template = template["default"] if isinstance(template, dict) else template
+            if not self.template:
+                raise ValueError("is missing; must be in chat_template.jinja")
 
-    @staticmethod
-    def read_template(folder):
-        """The chat template in a file of its own; AutoTokenizer does not know the JSON one."""
-        if (path := folder / "chat_template.jinja").exists():
-            return path.read_text(encoding="utf-8")
-        if (path := folder / "chat_template.json").exists():
-            return read_json(path, "model")["chat_template"]
-
-    def read_end_tokens(self, folder):
-        """The ids that end an answer; generation_config.json may name several."""
-        path = folder / "generation_config.json"
-        end = read_json(path, "model").get("eos_token_id") if path.exists() else None
-        if end is None:
-            end = self.tokenizer.eos_token_id
-        return set(end) if isinstance(end, list) else {end}
-
-    def shows_image(self, template):
-        """Whether a chat template puts one placeholder for one image. Those of text models do not,
-        or fail."""
-        try:
-            ids = self.tokenizer(self.render(1, ["Hi"], template)).input_ids
-            return bool(template) and ids.count(self.image_token) == 1
-        except Exception:                       # whatever a template does with what it doesn't know
-            return False
-
-    def render(self, num_images, turns, template=None):
+    def render(self, num_images, turns):
         """The chat template's text of a question, answer, question, ..., up to where the next
-        answer begins; the images come first in the first turn."""
+        answer begins. The images come first in the first turn."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": t}]}
                     for i, t in enumerate(turns)]
         messages[0]["content"] = [{"type": "image"}] * num_images + messages[0]["content"]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False,
-                                                  chat_template=template or self.template,
-                                                  add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True)
 
     def token_ids(self, num_images, text):
-        """One user turn, up to where the answer begins: a list of token ids, with one placeholder
-        for each image. Raises ValueError if the text itself holds a placeholder; notes what else of
-        it does not reach the model as it stands there."""
-        text.encode()                                      # an error for bytes that are not UTF-8
-        ids = self.tokenizer(self.render(num_images, [text])).input_ids
-        require(ids.count(self.image_token) == num_images,
-                f"prompt {text!r} contains {self.tokenizer.decode([self.image_token])}, which "
-                "stands for an image; a question without it is right")
-        self.note_unreadable(text)
-        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
-            return ids[1:]                              # one from the template, one from tokenizing
-        return ids
-
-    def note_unreadable(self, text):
-        """Notes what of a text does not reach the model as it stands there."""
-        tokenizer = self.tokenizer
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values()
-                   if token.special and str(token) in text]
-        if special:
-            note(f"prompt: {' '.join(special)} is no text to this model, but a special token")
+        """Token ids (a list) of one user turn, up to where the answer begins, with one placeholder
+        for each image. Raises ValueError if the text is empty or holds a placeholder itself. Notes
+        characters that the tokenizer does not know."""
+        if not text.strip():
+            raise ValueError(f"--prompt {text!r}: is empty, must be a question")
+        tokenizer, text_only = self.tokenizer, partial(self.tokenizer, add_special_tokens=False)
+        with reading(f"--prompt {text!r} in the model's chat template"):
+            ids = tokenizer(self.render(num_images, [text])).input_ids
+            if ids.count(self.image_token) != num_images:
+                raise ValueError(f"{ids.count(self.image_token)} image tokens ("
+                                 f"{self.image_token} in config.json), must be {num_images}")
         unk = tokenizer.unk_token_id
-        unknown = [c for c in dict.fromkeys(text)
-                   if unk in (tokenizer(c, add_special_tokens=False).input_ids or [unk])]
+        unknown = [c for c in dict.fromkeys(text) if unk in (text_only(c).input_ids or [unk])]
         if unknown:
-            ascii_only = all(map(str.isascii, tokenizer.get_vocab()))
-            note(f"prompt: the tokenizer does not know {' '.join(map(repr, unknown))}"
-                 + "; this model knows printable ASCII" * ascii_only)
+            note(f"--prompt: the tokenizer does not know {' '.join(map(repr, unknown))}")
+        doubled = ids[:2] == [tokenizer.bos_token_id] * 2    # from the template and from tokenizing
+        return ids[1:] if doubled else ids
 
     def next_turn_ids(self, num_images, turns):
-        """What the template puts between the last answer in turns, [question, answer, ...,
-        question], and the next: token ids."""
+        """Token ids (a list) that the template puts between the last answer in turns, [question,
+        answer, ..., question], and the next answer."""
         rendered, asked = self.render(num_images, turns), self.render(num_images, turns[:-2])
         answer = rendered.find(turns[-2], len(asked))
-        require(answer >= 0 and rendered.startswith(asked),
-                "the model's chat template cannot go on after an answer; one --prompt is right")
+        if answer < 0 or not rendered.startswith(asked):
+            raise ValueError("--prompt: must be one; the chat template ends after an answer")
         before = self.tokenizer(rendered[:answer + len(turns[-2])]).input_ids
         return self.tokenizer(rendered).input_ids[len(before):]
 
 
+def check_image_processor(p, c):
+    """Raises ValueError if preprocessor_config.json says another geometry than config.json."""
+    v = c.vision
+    said = {"patch_size": (p.patch_size, v.patch_size),
+            "temporal_patch_size": (p.temporal_patch_size, v.temporal_patch_size),
+            "merge_size": (p.merge_size, v.spatial_merge_size)} if c.family == "qwen2_vl" else {
+            "size": ({p.size.shortest_edge or edge for edge in (p.size.height, p.size.width)},
+                     {v.image_size}),
+            "crop_size": ({p.crop_size.height, p.crop_size.width}, {v.image_size}),
+            "image_grid_pinpoints": ({*map(tuple, p.image_grid_pinpoints)},
+                                     {*map(tuple, c.full.image_grid_pinpoints)})}
+    for what, (value, expected) in said.items():
+        if value != expected:
+            raise ValueError(f"{what} {value}: must be {expected}, as in config.json")
+
+
+def read_end_tokens(folder, tokenizer):
+    """The set of ids that end an answer, as transformers finds them: in generation_config.json,
+    else in config.json, else of the tokenizer. Raises ValueError if there are none."""
+    files = [folder / "generation_config.json", folder / "config.json"]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
+    found = [part.get("eos_token_id") for file in files
+             for part in (file, file.get("text_config") or {})] + [tokenizer.eos_token_id]
+    end = next((end for end in found if end is not None), [])
+    if not end and end != 0:
+        raise ValueError("has no end token; must have eos_token_id in generation_config.json")
+    return set(end) if isinstance(end, list) else {end}
+
+
 def open_image(path):
     """An image file -> PIL image in RGB, turned as its EXIF data says. Raises ValueError."""
-    require(Path(path).is_file(), f"--image {path}: no such file; a picture (PNG, ...) is right")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)      # says what is right
-            with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    note(f"--image {path}: {image.n_frames} frames; the first one is taken")
-                return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise ValueError(f"--image {path}: not a picture that Pillow can read") from None
-    except Exception as error:           # Pillow's decoders raise what they please at damaged files
-        raise ValueError(f"--image {path}: cannot be read ({error})") from None
+    with reading(f"--image {path}"):
+        Image.MAX_IMAGE_PIXELS = None                           # large pictures get a note, below
+        with Image.open(path) as image:
+            if image.width * image.height > 50_000_000:
+                note(f"--image {path}: {image.width} x {image.height} pixels take long to read")
+            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image):
-    """A PIL image of any mode -> RGB. Transparency is laid on white; greys of more than 8 bits are
-    scaled by their type's range, integers from 0 to 65,535 and floats from 0 to 1."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        top, image = 1 if image.mode == "F" else 65535, image.convert("F")
-        low, high = image.getextrema()
-        require(low >= 0 and high <= top, f"greys from {low} to {high}; 0 to {top} is right")
-        return Image.merge("RGB", [image.point(lambda x: x * (255 / top) + 0.5).convert("L")] * 3)
+    """A PIL image -> RGB. Transparency is laid on white. Greys of more than 8 bits, and floats, are
+    scaled by the range that they use."""
+    if image.mode[0] in "IF":
+        image = image.convert("F")
+        tops = [2**bits - 1 for bits in (1, 8, 10, 12, 14, 16)]
+        top = next((top for top in tops if image.getextrema()[1] <= top), tops[-1])
+        if top < tops[-1]:
+            note(f"--image: greys end at {image.getextrema()[1]:g}; {top} is taken for white")
+        return image.point(lambda x: x * (255 / top) + 0.5).convert("L").convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -939,25 +819,19 @@ def to_rgb(image):
 
 
 def prepare(model, images, text):
-    """A question about images -> Prompt. images: PIL images in RGB; text: the question.
-
-    The chat template marks each image with one placeholder token, which is repeated here as often
-    as the image has tokens. Raises ValueError if the text itself holds a placeholder or an image
-    cannot be processed.
-    """
+    """A question about images -> Prompt. images: PIL images in RGB; text: the question. The chat
+    template marks each image with one placeholder token, which is repeated here as often as the
+    image has tokens. Raises ValueError for bad ones."""
     processor, mark = model.processor, model.config.image_token
     pixels, laid_out, ids, starts = [], [], [], []
     for image in images:
-        try:
+        with reading(f"--image of {image.width} x {image.height} pixels"):
             processed = processor.image_processor(image, return_tensors="pt")
-        except ValueError as error:
-            raise ValueError(f"image of {image.width} x {image.height} pixels: {error}") from None
         values = processed["pixel_values"]
         values = values[0] if values.dim() == 5 else values         # LLaVA-NeXT: a batch of one
         pixels.append(values.to(model.device, model.dtype))
-        laid_out.append(model.lay_out((image.height, image.width), processed))
-    template = processor.token_ids(len(images), text)
-    for token in template:
+        laid_out.append(model.image_layout((image.height, image.width), processed))
+    for token in processor.token_ids(len(images), text):
         if token == mark:
             starts.append(len(ids))
             ids += [mark] * len(laid_out[len(starts) - 1])

@@ -1,11 +1,10 @@
 """Find the visual heads: which attention heads look at the text that is being written?
 
-    python score_heads.py [--model DIR_OR_HUB_ID] [--data FILE.json | --synthetic KIND] [--num 1000]
+    python score_heads.py [--model DIR_OR_HUB_ID] [--data FILE.json] [--num 1000]
     torchrun --nproc-per-node 8 -- score_heads.py ...               shares the pages among 8 GPUs
 
-OCR is the anchor task (arXiv 2506.05344, "Visual Head Identification"): of each token y_i of a
-page's transcript it is known where on the page its word stands, so it is known which image tokens
-I_i show it.
+OCR is the anchor task (arXiv 2506.05344, "Visual Head Identification"). For every token y_i of a
+page's transcript we know its word and the word's box, hence the set I of image tokens that show it.
 
     page                     transcript         one head's attention while "48.20" is written
     .-----------------.
@@ -13,28 +12,29 @@ I_i show it.
     | Total  [ 48.20 ]|      Total 48.20        . . . . . # o .    arg-max in the box: a hit
     '-----------------'
 
-A head scores a hit when the arg-max of its attention row, over all keys, falls in I_i. The row is
-that of the query that emits y_i, which stands at y_{i-1}. A hit adds 1/|I_i|: an arg-max that falls
-anywhere by chance hits in proportion to |I_i|. Given the transcript (teacher forcing), one forward
-pass over prompt and transcript has every row that is needed, and no other row is ever computed. The
-transcript is the model's own, or with --transcript truth what the page says.
+A head scores a hit if the arg-max of its attention row, over all keys, falls in I. The row is that
+of the query that emits y_i. It stands at y_{i-1}: y_i is not yet written, so that looking at its
+word helps to write it. A hit adds 1/|I|: an arg-max that falls anywhere by chance hits in
+proportion to |I|, so that large and small words count alike. With teacher forcing, one forward pass
+over prompt and transcript has every row that is needed. The transcript is the model's own, or with
+--transcript truth the page's text.
 
 NOTE(paper): its figure can be read as the row of y_i's own query; the authors' code agrees with us.
 NOTE(official): there, every token of the transcript takes a forward pass of its own.
 NOTE(official): there, box edges are divided by an integer tile size; our rectangles are exact.
-NOTE(official): there, a token counts only if its text occurs in one box alone (--match unique); we
-align transcript and boxes, so that repeated words count, and a faulty transcript where it is right.
+NOTE(official): there, a token counts only if its text occurs in one box alone. We align transcript
+and boxes, so that repeated words count, and a faulty transcript counts where it is right.
 
-Letters: L layers, H query heads, G KV heads, T tokens, D head size, P prompt tokens, n tokens of
-the transcript.
+Letters: L layers, H query heads, G KV heads, R = H/G, T tokens, D head size, P prompt tokens, n
+tokens of the transcript.
 """
 
+import glob
 import hashlib
 import json
-import math
 import os
 import re
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -43,46 +43,39 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cache import OneLineParser, inside, read_head_scores, read_json, require
-from model_llava import GRID, load, open_image, prefill_attention, prepare, weight_files
-from sparsemm import SCORES_FILE, add_model_arguments, check_output, generate, write_json
-
-try:
-    import fcntl
-except ImportError:                                     # not on Windows: nothing is locked there
-    fcntl = None
+from cache import Method, attention_rows, read_head_scores, reading
+from model_llava import GRID, load, open_image, prefill_attention, prepare
+from sparsemm import (SCORES_FILE, OneLineParser, about_file, add_model_arguments, check_output,
+                      generate, out_of_memory, write_json)
 
 OCR_PROMPT = "Provide all the OCR results of this image."
-LIMIT = 1024                    # so many tokens does a model write at most
+LIMIT = 1024                    # a model writes at most so many tokens
 
 
-# ---- one transcript ------------------------------------------------------------------------------
+# ---- one page ------------------------------------------------------------------------------------
 
-def transcribe(model, images, question=OCR_PROMPT, limit=LIMIT):
-    """What the model itself writes, greedily: token ids (n,), without the end token."""
-    ids = generate(model, images, question, "full", max_new_tokens=limit)["token_ids"]
+def transcribe(model, image, question=OCR_PROMPT, limit=LIMIT):
+    """The transcript that the model itself writes: token ids (n,), without the end token."""
+    ids = generate(model, [image], question, Method("full"), limit)["token_ids"]
     return [token for token in ids if token not in model.processor.end_tokens]
 
 
 @torch.inference_mode()
-def score_transcript(model, images, words, ids, match="aligned", question=OCR_PROMPT):
-    """The visual scores of all heads on one transcript, of a page or of several.
+def score_transcript(model, image, words, ids, question=OCR_PROMPT):
+    """The visual scores of all heads on one page: scores (L, H) float64, how many tokens counted,
+    and how many hits there were.
 
-    images: PIL images; words: for each of them [(text, box), ...] in reading order; ids: the
-    transcript's tokens (n,); match: which tokens count; question: what the transcript is the answer
-    to. Returns scores (L, H) float64, the number of tokens that counted, and the number of hits.
+    image: a PIL image; words: [(text, box), ...] in reading order, boxes (x0, y0, x1, y1) in
+    pixels; ids: the transcript's tokens (n,); question: what the transcript answers.
     """
-    prompt, tokenizer = prepare(model, images, question), model.processor.tokenizer
+    prompt, tokenizer = prepare(model, [image], question), model.processor.tokenizer
     model.check_length(len(prompt.ids), len(ids))
     peaks = attention_peaks(model, prompt, ids)                                          # (L, H, n)
-    texts = [text for page in words for text, _ in page]
-    boxes = [(image, start, box) for image, start, page in zip(prompt.images, prompt.starts, words)
-             for _, box in page]
-    shown = torch.zeros(len(boxes), len(prompt.ids) + len(ids), dtype=torch.bool)
-    for j, (image, start, box) in enumerate(boxes):                # is word j shown by position t?
-        shown[j, tokens_in_box(image, box) + start] = True
+    shown = torch.zeros(len(words), len(prompt.ids) + len(ids), dtype=torch.bool)
+    for j, (_, box) in enumerate(words):                           # is word j shown by position t?
+        shown[j, tokens_in_box(prompt.images[0], box) + prompt.starts[0]] = True
     piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in set(ids)}
-    owners = MATCHES[match]([piece[i] for i in ids], texts)
+    owners = align_tokens([piece[i] for i in ids], [text for text, _ in words])
     counted = [i for i, word in enumerate(owners) if word is not None and shown[word].any()]
     regions = shown[[owners[i] for i in counted]]                                           # (m, T)
     hits = regions[torch.arange(len(counted)), peaks[:, :, counted]]                     # (L, H, m)
@@ -92,35 +85,26 @@ def score_transcript(model, images, words, ids, match="aligned", question=OCR_PR
 def attention_peaks(model, prompt, ids):
     """Where every head looks most while it emits each token of the transcript ids (n,): (L, H, n)
     int64, on the CPU. Row P-1+i emits token i, so that the last token need not be read."""
-    c, P, n, peaks = model.config, len(prompt.ids), len(ids), []
+    P, n, peaks = len(prompt.ids), len(ids), []
 
     def attend(layer, q, k, v):                            # (H, P+n-1, D), (G, P+n-1, D), the same
-        largest, places = attention_logits(q[:, P - 1:], k).max(-1)
-        require(torch.isfinite(largest).all(),
-                f"layer {layer}: attention logits are not finite in {model.dtype}")
-        peaks.append(places.cpu())
+        groups = q[:, P - 1:].unflatten(0, (len(k), -1))                              # (G, R, n, D)
+        rows = [attention_rows(q_g, k_g).max(-1) for q_g, k_g in zip(groups, k)]
+        if not all(row.values.isfinite().all() for row in rows):
+            raise ValueError(f"attention is not finite in {model.dtype}; use another --dtype")
+        peaks.append(torch.cat([row.indices for row in rows]).cpu())                        # (H, n)
         return prefill_attention(q, k, v)
 
-    if n:
-        model.hidden_states(prompt.extended(ids[:-1]), attend)
-    return torch.stack(peaks) if n else torch.zeros(c.layers, c.heads, 0, dtype=torch.long)
-
-
-def attention_logits(q, k):
-    """Of the last n queries, causal, not divided by sqrt(D), which moves no maximum. q: (H, n, D),
-    k: (G, T, D). Returns (H, n, T) float32."""
-    (H, n, D), (G, T, _) = q.shape, k.shape
-    logits = q.reshape(G, -1, D).float() @ k.float().transpose(1, 2)                # (G, R * n, T)
-    future = torch.ones(n, T, dtype=torch.bool, device=q.device).triu(T - n + 1)
-    return logits.view(H, n, T).masked_fill_(future, -torch.inf)
+    model.hidden_states(prompt.extended(ids[:-1]), attend)
+    return torch.stack(peaks)[:, :, :n]
 
 
 def align_tokens(pieces, words):
-    """Which word each token of a transcript belongs to: for each an index into words, or None.
+    """The word to which each token of a transcript belongs: indices into words, or None.
 
-    pieces: the text of each token; words: the texts of the boxes in reading order. The two are
-    aligned over their characters, spaces left out, and a token belongs to the word that holds most
-    of its matched characters.
+    pieces: the text of each token; words: the texts of the boxes in reading order. Both are aligned
+    over their characters, without spaces. A token belongs to the word that holds most of its
+    matched characters.
     """
     written = [(c, i) for i, piece in enumerate(pieces) for c in piece if not c.isspace()]
     printed = [(c, j) for j, word in enumerate(words) for c in word if not c.isspace()]
@@ -133,93 +117,57 @@ def align_tokens(pieces, words):
     return [max(vote, key=vote.get) if vote else None for vote in votes]
 
 
-def unique_tokens(pieces, words):
-    """As align_tokens, by the authors' rule: a token belongs to the only word that contains it."""
-    found = [[j for j, word in enumerate(words) if piece.strip() and piece.strip() in word]
-             for piece in pieces]
-    return [places[0] if len(places) == 1 else None for places in found]
-
-
-MATCHES = {"aligned": align_tokens, "unique": unique_tokens}
-
-
 def tokens_in_box(image, box):
-    """Indices of the grid tokens of image (ImageTokens) whose rectangle overlaps box (x0, y0, x1,
-    y1) with positive area. The thumbnail's do not count: one of them shows many words, and would
-    tell no word apart."""
+    """I: indices of the grid tokens of an image (ImageTokens) whose rectangle overlaps the box (x0,
+    y0, x1, y1) with positive area. Thumbnail tokens do not count: each shows many words."""
     x0, y0, x1, y1 = image.boxes.unbind(1)
     width = x1.clamp(max=box[2]) - x0.clamp(min=box[0])
     height = y1.clamp(max=box[3]) - y0.clamp(min=box[1])
     return ((image.kinds == GRID) & (width > 0) & (height > 0)).nonzero()[:, 0]
 
 
-# ---- many pages ----------------------------------------------------------------------------------
+# ---- many pages, shared among processes, and the command -----------------------------------------
 
-class Annotated:
+class Annotated(list):
     """Pages of a JSON file in the layout of SynthDoG-detection: a list of {"id", "image_name",
     "2_coord": [{"chunk": text, "coord": [[x, y], ...]}, ...]}, coordinates in pixels. Other OCR and
     detection sets fit in, with a class name for the chunk. Images lie beside the file."""
 
     def __init__(self, path, num):
-        entries = read_json(path, "--data")
-        require(isinstance(entries, list) and entries, f"--data {path}: not a list of pages")
-        self.folder, self.entries = Path(path).parent, entries[:num]
-
-    def __len__(self):
-        return len(self.entries)
+        with reading(f"--data {path}"):
+            super().__init__(json.loads(Path(path).read_text(encoding="utf-8"))[:max(0, num)])
+        self.folder = Path(path).parent
 
     def __getitem__(self, i):
-        """(PIL image, [(text, box), ...], transcript) of page i. Raises ValueError that names an
-        entry which cannot be read, or whose picture lies in no folder beside the file."""
-        entry = self.entries[i]
-        try:
-            words = []
+        """(PIL image, [(text, box), ...], transcript) of page i, or ValueError that names it."""
+        entry, words = super().__getitem__(i), []
+        with reading(f"entry {entry.get('id', i) if isinstance(entry, dict) else i}"):
             for chunk in entry["2_coord"]:
                 x, y = zip(*((float(x), float(y)) for x, y in chunk["coord"]))
-                require(all(map(math.isfinite, x + y)), f"{chunk['coord']} is not finite")
                 words.append((str(chunk["chunk"]), (min(x), min(y), max(x), max(y))))
-            image = open_image(inside(self.folder, entry["image_name"]))
-        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-            name = entry.get("id", i) if isinstance(entry, dict) else i
-            reason = str(error).removeprefix("--image ")
-            raise ValueError(f"entry {name}: {type(error).__name__} {reason}") from None
+            image = open_image(self.folder / entry["image_name"])
         return image, words, " ".join(text for text, _ in words)
 
 
-@dataclass
-class Sets:
-    """Pages that follow one another, `size` at a time: the images of one prompt, which are counted
-    as one page from here on."""
-    pages: object
-    size: int
-
-    def __len__(self):
-        return -(-len(self.pages) // self.size)
-
-    def __getitem__(self, i):
-        """(images, the words of each, transcript) of prompt i."""
-        numbers = range(len(self.pages))[i * self.size:(i + 1) * self.size]
-        images, words, texts = zip(*(self.pages[j] for j in numbers))
-        return images, words, "\n".join(texts)
-
-
-def score_pages(model, pages, progress, process, processes, match, whose):
-    """Scores the pages process, process + processes, ... that are not done yet, and saves each.
-    Returns the errors of those that cannot be read or used, {page number: text}."""
+def score_pages(model, pages, journal, process, processes, whose):
+    """Scores the pages process, process + processes, ... that are not in the journal yet. Returns
+    the errors of those that cannot be read or used, {page number: text}."""
     errors = {}
     for i in tqdm(range(process, len(pages), processes), unit="page", disable=process > 0):
-        if str(i) in progress.done:
+        if str(i) in journal.done:
             continue
         try:
-            images, words, text = pages[i]
+            image, words, text = pages[i]
             ids = model.processor.tokenizer(text, add_special_tokens=False).input_ids
             if whose == "model":
-                ids = transcribe(model, images)
-            scores, tokens, hits = score_transcript(model, images, words, ids, match)
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            errors[i] = " ".join(str(error).split())
+                ids = transcribe(model, image)
+            scores, tokens, hits = score_transcript(model, image, words, ids)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, ValueError) or out_of_memory(error)):
+                raise
+            errors[i] = " ".join(str(error).split()) or "too little memory"
             continue
-        progress.save(i, dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits))
+        journal.add(i, dict(scores=scores.flatten().tolist(), tokens=tokens, hits=hits))
     return errors
 
 
@@ -230,78 +178,58 @@ def write_scores(per_page, path):
                 for l in range(L) for h in range(H)}, path)
 
 
-class Progress:
-    """What is done so far: a line for each page, in a file beside the result for each process. What
-    is written once is never written again, so that a run can be killed at any time."""
+class Journal:
+    """What a long run has done: a file of JSON lines beside its result, first the settings, then a
+    line for each piece of work. The same command goes on after a kill at any time. Each process of
+    a run writes a file of its own, {out}.journal0, 1, ..., and reads all of them."""
 
-    def __init__(self, file, out, process, processes, settings, resume):
-        """file: of this process, for appending. Raises ValueError if another run holds it, if there
-        are pages that would be lost, or pages of other settings."""
-        self.file, self.done = file, {}     # page number (text) -> {"scores": [L*H], "tokens", ...}
-        try:
-            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # ends with the process
-        except BlockingIOError:
-            raise ValueError(f"--out {out}: another run is at work on it") from None
-        for number, path in part_files(out).items():
-            pages = read_part(path)
-            made_with = pages.pop("settings", settings)
-            if resume:
-                require(made_with == settings,
-                        f"--resume: {path} was made with other settings, weights or data; another "
-                        "--out, or to delete that file, is right")
-                self.done |= pages
-            else:                                     # others may have begun with their own shares
-                require(not pages or number < processes and number != process,
-                        f"--out {out}: {len(pages)} pages are saved in {path}; --resume goes on "
-                        "with them, another --out begins anew")
-        self.write({"settings": settings})
+    def __init__(self, out, settings, process=0):
+        """out: path of the result; settings: all that the work depends on. Raises ValueError if
+        there is work that was done with other settings."""
+        self.own, self.out, self.done = f"{out}.journal{process}", out, {}
+        self.first = ["settings", json.loads(json.dumps(settings))]
+        for path in self.paths():
+            first, *rest = self.lines(path)
+            if rest and first != self.first:
+                raise ValueError(f"{path}: has other settings; delete it, or use another --out")
+            if not rest and path == self.own:
+                os.unlink(path)                                     # of a run that did no work
+            self.done |= dict(rest)                                 # key (text) -> what was added
 
-    def save(self, i, page):
-        self.done[str(i)] = page
-        self.write({i: page})
+    @staticmethod
+    def lines(path):
+        """What is in a journal, but for lines that a kill has cut."""
+        lines = []
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines or [None]
 
-    def write(self, content):
-        """A line begins with its line break, which also ends one that was cut."""
-        self.file.write("\n" + json.dumps(content))
-        self.file.flush()
+    def paths(self):
+        return sorted(glob.glob(f"{glob.escape(str(self.out))}.journal[0-9]*"))
 
+    def add(self, key, value):
+        """Writes a line. Its line break comes first, and so ends a line that a kill has cut."""
+        lines = [] if os.path.exists(self.own) else [self.first]
+        with open(self.own, "a", encoding="utf-8") as file:
+            file.writelines("\n" + json.dumps(line) for line in (*lines, [str(key), value]))
+        self.done[str(key)] = value
 
-def part_files(out):
-    """{number of a process: the file of its Progress} beside the result."""
-    found = [(re.fullmatch(re.escape(out.name) + r"\.part(\d+)", path.name), path)
-             for path in sorted(out.parent.iterdir())]
-    return {int(match[1]): path for match, path in found if match}
-
-
-def read_part(path):
-    """The lines of a Progress's file, as one dict. Raises ValueError for a file of another kind."""
-    content, lines = path.read_bytes(), {}
-    require(content.startswith(b'\n{"settings": ') or not content,
-            f"{path} is not a file of ours; another --out is right")
-    for line in content.splitlines():
-        try:
-            lines |= json.loads(line)
-        except ValueError:                                              # cut, or the empty first
-            continue
-    return lines
+    def remove(self):
+        """Ends the run: its result is written."""
+        for path in self.paths():
+            os.unlink(path)
 
 
-def checksum(paths):
-    """Of files: a checksum (text) of their names and contents."""
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-    return digest.hexdigest()[:16]
+def fingerprint(model):
+    """A checksum (text) that changes with the weights: of the first 100 numbers of each tensor."""
+    numbers = torch.cat([w.flatten()[:100].float() for w in model.parameters()])
+    return hashlib.sha256(numbers.cpu().numpy().tobytes()).hexdigest()[:16]
 
-
-# ---- several processes, each with a share of the pages -------------------------------------------
 
 def process_and_processes(args):
-    """This process's number and that of all: 0 and 1 unless torchrun started it. On GPUs
-    args.device becomes its own."""
+    """The number of this process and the number of processes: 0 and 1 unless torchrun started it.
+    On GPUs, args.device becomes the process's own."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
@@ -310,8 +238,8 @@ def process_and_processes(args):
 
 
 def gather(own):
-    """What every process has, in order. They may come hours apart. The process group lives no
-    longer than that: the threads of one that is left can abort Python's end."""
+    """What every process has, in order; they may come hours apart. The process group lives no
+    longer than that, since threads that are left can abort Python's end."""
     if not dist.is_torchelastic_launched():
         return [own]
     dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -320,8 +248,6 @@ def gather(own):
     dist.destroy_process_group()
     return gathered
 
-
-# ---- the command ---------------------------------------------------------------------------------
 
 def gini(values):
     """Gini coefficient of non-negative values: 0 if all are alike, near 1 if one holds all."""
@@ -354,109 +280,64 @@ def summary(s, shades=" .:-=+*#%@"):
     return "\n".join(lines)
 
 
-def argument_parser():
-    parser = OneLineParser(
-        prog="score_heads.py",
-        description="Count how often each head looks at the text that is being written.")
-    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="FILE", help="annotated pages: SynthDoG-detection's JSON")
-    source.add_argument("--synthetic", default="all", metavar="KIND",
-                        help="which pages to render if there is no --data (default all)")
-    add("--num", type=int, default=1000, help="pages (default 1000)")
-    add("--images", type=int, default=1, metavar="N", help="pages in one prompt (default 1)")
-    add("--width", type=int, default=256, help="rendered page, pixels")
-    add("--height", type=int, default=384, help="(default 256 x 384)")
-    add("--transcript", choices=("model", "truth"), default="model",
-        help="whose transcript is forced (default: the model's own)")
-    add("--match", choices=tuple(MATCHES), default="aligned",
-        help="which tokens count (default: all that can be aligned with a box)")
-    add("--out", type=Path, metavar="FILE", help=f"default: {SCORES_FILE} in the model's folder")
-    add("--heatmap", type=Path, metavar="PNG", help="also draw a layer x head map")
-    add("--resume", action="store_true", help="go on where a run was stopped")
-    add_model_arguments(parser)
-    return parser
-
-
-def find_pages(args):
-    """The pages that are asked for: those of --data, or rendered ones, and what they are called in
-    the sidecar. Raises ValueError for arguments that are out of range."""
-    for option, value, least, most in (
-            ("--num", args.num, 1, 10**9), ("--images", args.images, 1, 1000),
-            ("--width", args.width, 32, 4096), ("--height", args.height, 32, 4096)):
-        require(least <= value <= most, f"{option}: {value} is not between {least} and {most}")
-    if args.data is not None:
-        return Annotated(args.data, args.num), None
-    try:
-        from experiments.pages import KINDS
-        from experiments.sources import Rendered
-    except ImportError as error:
-        raise ValueError(f"--data: is needed, since there is no page renderer ({error})") from None
-    require(args.synthetic in ("all", *KINDS),
-            f"--synthetic: {args.synthetic!r} is not one of all, {', '.join(KINDS)}")
-    kinds = KINDS if args.synthetic == "all" else (args.synthetic,)
-    return Rendered(kinds, args.seed, (args.width, args.height), args.num), kinds
-
-
 def score(args):
     """What the command does."""
-    if args.heatmap is not None:
-        check_output(args.heatmap, "--heatmap", ".png", inputs=(args.data, args.out))
-    if args.out is not None:                                        # before any work is done
-        check_output(args.out, "--out", inputs=[args.data])
-    pages, kinds = find_pages(args)
+    if args.data is not None:
+        pages = Annotated(args.data, args.num)
+    else:
+        from experiments.pages import KINDS, Rendered
+        pages = Rendered(KINDS, args.seed, (args.width, args.height), args.num)
     process, processes = process_and_processes(args)
-    pages = Sets(pages, args.images)
     model = load(args.model, args.device, args.dtype)
-    out = args.out or model.folder / SCORES_FILE
-    check_output(out, "--out", inputs=[args.data])
-    settings = dict(model=model.name, data=args.data, synthetic=kinds and list(kinds),
-                    size=[args.width, args.height], seed=args.seed, match=args.match,
-                    transcript=args.transcript, dtype=args.dtype, images=args.images,
-                    weights=checksum(weight_files(model.folder)),
-                    data_checksum=args.data and checksum([args.data]))
-    with open(f"{out}.part{process}", "a", encoding="utf-8") as file:
-        progress = Progress(file, out, process, processes, settings, args.resume)
-        try:
-            errors = score_pages(model, pages, progress, process, processes, args.match,
-                                 args.transcript)
-        except KeyboardInterrupt:
-            stopped = f"stopped; {len(progress.done)} pages are saved, --resume goes on"
-            raise KeyboardInterrupt(stopped) from None
-        done = {}
-        for done_by_one, errors_of_one in gather((progress.done, errors)):
-            done |= done_by_one
-            errors |= errors_of_one
-        if process == 0:
-            finish(args, model, out, settings, len(pages), done, errors)
-
-
-def finish(args, model, out, settings, num, done, errors):
-    """Writes the score file, its sidecar and the heat map, and prints what they say."""
+    out = model.folder / SCORES_FILE if args.out is None else Path(args.out)
+    for path in (out, about_file(out)):
+        check_output(path, "--out", inputs=[args.data])
+    data = args.data and hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
+    settings = dict(model=model.name, data=args.data, data_checksum=data, seed=args.seed,
+                    size=[args.width, args.height], transcript=args.transcript, dtype=args.dtype,
+                    weights=fingerprint(model))
+    journal = Journal(out, settings, process)
+    try:
+        errors = score_pages(model, pages, journal, process, processes, args.transcript)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {len(journal.done)} pages are saved, the same command "
+                                "goes on") from None
+    done = {}
+    for done_by_one, errors_of_one in gather((journal.done, errors)):
+        done |= done_by_one
+        errors |= errors_of_one
+    if process > 0:
+        return
     L, H = model.config.layers, model.config.heads
-    chosen = [done[str(i)] for i in sorted(map(int, done)) if i < num]
+    chosen = [done[str(i)] for i in sorted(map(int, done)) if i < len(pages)]
     errors = [f"page {i}: {error}" for i, error in sorted(errors.items())]
-    require(chosen, f"none of the {num} pages can be used; {' '.join(errors[:1])}")
     tokens, hits = (sum(page[what] for page in chosen) for what in ("tokens", "hits"))
-    require(hits, f"no head of {args.model} looked at a word while writing it: {len(chosen)} of "
-                  f"{num} pages could be read, {tokens} tokens counted")
+    if not hits:
+        journal.remove()
+        raise ValueError(f"no head looked at a word while writing it: {len(chosen)} of {len(pages)}"
+                         f" pages could be used, {tokens} tokens counted. {' '.join(errors[:1])}")
     write_scores([torch.tensor(page["scores"], dtype=torch.float64).view(L, H) for page in chosen],
                  out)
     write_json(dict(settings, pages=len(chosen), skipped=len(errors), tokens=tokens, hits=hits),
-               out.with_suffix(".about.json"))
-    for part in part_files(out).values():
-        part.unlink()
-    s = read_head_scores(out, L, H)
-    unit = "pages" if args.images == 1 else f"prompts of {args.images} pages"
+               about_file(out))
+    journal.remove()
     print(*(f"skipped {error}" for error in errors[:10]),
-          f"{len(chosen)} {unit}, {len(errors)} skipped, {tokens:,} tokens counted ({args.match}); "
-          f"wrote {out}", summary(s), sep="\n")
-    if args.heatmap:
-        from experiments.draw import heat_map
-        heat_map(s, args.heatmap, f"{settings['model']}: visual scores, {len(chosen)} pages")
+          f"{len(chosen)} pages, {len(errors)} skipped, {tokens:,} tokens counted; wrote {out}",
+          summary(read_head_scores(out, L, H)), sep="\n")
 
 
 def main(argv=None):
-    argument_parser().run(score, argv)
+    parser = OneLineParser("score_heads.py", description="Count how often each head looks at the "
+                                                         "text that is being written.")
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="SynthDoG-detection's JSON (default: pages are rendered)")
+    add("--num", type=int, default=1000, help="pages (1000)")
+    add("--width", type=int, default=256, help="rendered page, pixels (256)")
+    add("--height", type=int, default=384, help="(384)")
+    add("--transcript", choices=("model", "truth"), default="model", help="whose is forced")
+    add("--out", metavar="FILE", help=f"default: {SCORES_FILE} in the model's folder")
+    add_model_arguments(parser)
+    parser.run(score, argv)
 
 
 if __name__ == "__main__":

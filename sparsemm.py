@@ -11,14 +11,15 @@ only the entries that its budget allows (cache.py). Decoding then reads and exte
                        attend,
                        compress
 
-So the first token always comes from the full cache, whatever the method: an answer of one token
-cannot change. The answer goes to stdout as it is written, and what happened to stderr. `generate`
-does the same from Python. The method: Wang et al., "Head Sparsity Emerges from Visual Concept
-Responses in MLLMs", ICCV 2025, arXiv 2506.05344.
+So the first token of the first answer always comes from the full cache: an answer of one token
+cannot change. The answer goes to stdout as it is written, and a report to stderr. `generate` does
+the same from Python. (SparseMM: arXiv 2506.05344, ICCV 2025)
 
-Letters: L layers, H query heads, G KV heads, T prompt tokens, D head size.
+Letters: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head size.
 """
 
+import argparse
+import io
 import json
 import math
 import os
@@ -31,10 +32,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from cache import (METHODS, NEEDS_HEAD_SCORES, KVCache, OneLineParser, PackedAttention,
-                   decode_attention, make_method, note, read_head_scores, read_json, require)
-from model_llava import DTYPES, load, open_image, prefill_attention, prepare
+from cache import (METHODS, NEEDS_HEAD_SCORES, KVCache, Method, check_settings, decode_attention,
+                   make_plan, read_head_scores, reading)
+from model_llava import DTYPES, load, note, open_image, prefill_attention, prepare
 
 SCORES_FILE = "visual_head_scores.json"
 DEFAULT_MODEL = Path(__file__).resolve().parent / "tiny" / "qwen2-vl"
@@ -42,16 +44,12 @@ DEFAULT_MODEL = Path(__file__).resolve().parent / "tiny" / "qwen2-vl"
 
 # ---- generation ----------------------------------------------------------------------------------
 
-@torch.inference_mode()
-def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rho=0.1,
-             redistribute=True, head_scores=None, seed=0, max_new_tokens=256, stream=None):
-    """Answers a question about images by greedy decoding with a compressed cache.
+def generate(model, images, prompt, method=Method("full"), max_new_tokens=256, stream=None):
+    """The answer to a question about images, decoded greedily from a compressed cache.
 
-    model: from model_llava.load; images: PIL images in RGB; prompt: the question; method: one of
-    cache.METHODS; budget: entries per KV head on average; window, rho, redistribute: see
-    cache.allocate_budgets; head_scores: (L, H), for sparsemm and shuffled; seed: for random and
-    shuffled; stream: called with each piece of the answer as it is decoded. Raises ValueError for
-    bad arguments. Returns a dict:
+    model: from model_llava.load; images: PIL images in RGB; prompt: the question; method: a
+    cache.Method; stream: called with each piece of the answer as it is decoded. Raises ValueError
+    for bad arguments. Returns a dict:
 
         text, token_ids, new_tokens     the answer; token_ids with the end token, if it came
         prompt_tokens, image_tokens     T, and how many of them are of images
@@ -61,126 +59,75 @@ def generate(model, images, prompt, method="sparsemm", budget=256, window=32, rh
         prefill_seconds                 vision, prefill and compression, up to the first token
         decode_seconds                  all further tokens
     """
-    inputs = prepare(model, images, prompt)
-    cache = new_cache(model, len(inputs.ids), max_new_tokens, method, budget, window, rho,
-                      redistribute, head_scores, seed)
-    start = clock(model)
-    logits = prefill(model, inputs, cache)
-    return dict(write(model, inputs, cache, logits, start, max_new_tokens, stream),
-                method=method, budget=budget)
+    return Conversation(model, images, method, max_new_tokens).ask(prompt, stream)
 
 
-def new_cache(model, T, max_new_tokens, method, budget, window, *settings):
-    """An empty cache for a prompt of T tokens; the other arguments are generate's."""
-    require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    model.check_length(T, max_new_tokens)
-    c = model.config
-    return KVCache(make_method(method, c.layers, c.kv_heads, T, budget, window, *settings), window)
+def greedy_decode(step, logits, position, end_tokens, max_new_tokens, show=lambda tokens: None):
+    """The tokens of an answer: each is the one with the largest logit.
+
+    logits: (vocabulary,) of the first token, which will stand at `position`; step(token, position)
+    -> the logits after a token; show: called with all tokens so far."""
+    tokens = []
+    while True:
+        tokens.append(greedy_token(logits))
+        show(tokens)
+        if tokens[-1] in end_tokens or len(tokens) == max_new_tokens:
+            return tokens
+        logits = step(tokens[-1], position + len(tokens) - 1)
 
 
-def prefill(model, inputs, cache):
-    """The whole prompt, layer by layer: attend, compress. Returns the logits (vocabulary,) of the
-    first token."""
-    def attend(layer, q, k, v):                            # (H, T, D), (G, T, D), (G, T, D)
-        out = prefill_attention(q, k, v)
-        cache.compress(layer, q, k, v)
-        return out
-    return model.logits(model.hidden_states(inputs, attend)[-1])
-
-
-def decode(model, cache, token, position):
-    """One decoding step: appends the entries of `token`, which stands at `position`, to every head,
-    and attends to what each holds. Returns the logits (vocabulary,) of the next token."""
-    def attend(layer, q, k, v):                            # (H, 1, D), (G, 1, D), (G, 1, D)
-        cache.append(layer, k, v)
-        return decode_attention(q, cache[layer])
-    cache.extend()
-    return model.decode(token, position, attend)
-
-
-def write(model, inputs, cache, logits, start, max_new_tokens, stream=None):
-    """Decodes the answer to `inputs`, whose logits are those of its first token; start: when the
-    prefill began. Returns generate's dict, but for method and budget."""
-    c, T, tokens = model.config, len(inputs.ids), [greedy_token(model, logits, 0)]
-    prefilled = clock(model)
-    kept, cache_bytes = cache.held(), cache.held_bytes()
-    text = Streamer(model.processor.tokenizer, stream)
-    step = decoding_step(model, cache)
-    text.show(tokens)
-    with one_thread_if_small(model):
-        while tokens[-1] not in model.processor.end_tokens and len(tokens) < max_new_tokens:
-            logits = step(tokens[-1], inputs.next_position + len(tokens) - 1)
-            tokens.append(greedy_token(model, logits, len(tokens)))
-            text.show(tokens)
-    end = clock(model)
-    entry_bytes = 2 * c.head_dim * model.dtype.itemsize
-    return dict(text=text.show(tokens, last=True), token_ids=tokens, new_tokens=len(tokens),
-                prompt_tokens=T, image_tokens=inputs.image_tokens, kept=kept,
-                cache_bytes=cache_bytes, full_cache_bytes=entry_bytes * c.layers * c.kv_heads * T,
-                allocated_bytes=cache.allocated_bytes(), prefill_seconds=prefilled - start,
-                decode_seconds=end - prefilled)
-
-
-@contextmanager
-def one_thread_if_small(model):
-    """On a CPU, decoding with weights that its caches hold (64 MB) is no faster on several threads,
-    and where another program keeps a core busy they wait for each other in every product."""
-    threads, weights = torch.get_num_threads(), model.decoder.parameters()
-    small = model.device.type == "cpu" and sum(w.nbytes for w in weights) < 2**26
-    torch.set_num_threads(1 if small else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def greedy_token(model, logits, number):
-    """The token with the largest of the logits (vocabulary,). Raises ValueError if they are not
-    finite; number: of the answer's token, for the message."""
+def greedy_token(logits):
+    """The token with the largest logit, of (vocabulary,). Raises ValueError if it is not finite."""
     largest, token = logits.max(-1)
-    require(math.isfinite(largest),
-            f"the logits of the answer's token {number} are not finite in {model.dtype}; another "
-            "--dtype, or weights that are finite, are right")
+    if not math.isfinite(largest):
+        raise ValueError(f"logits are not finite in {logits.dtype}; use another --dtype or model")
     return token.item()
 
 
-def clock(model):
-    """Seconds, once the device has done all that was asked of it."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def new_cache(model, T, method, max_new_tokens):
+    """An empty cache for a prompt of T tokens, to be kept by a cache.Method."""
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    model.check_length(T, max_new_tokens)
+    return KVCache(make_plan(method, model.config.layers, model.config.kv_heads, T))
 
 
-class Streamer:
-    """Passes on the text of a growing list of tokens, piece by piece. A character whose bytes are
-    not all there yet waits."""
-
-    def __init__(self, tokenizer, write):
-        self.tokenizer, self.write, self.shown = tokenizer, write, 0
-
-    def show(self, tokens, last=False):
-        """The text of all tokens so far; nothing if nobody reads it yet."""
-        if not (self.write or last):
-            return ""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if self.write and (last or not text.endswith("\ufffd")):
-            self.write(text[self.shown:])
-            self.shown = len(text)
-        return text
+def prefill(model, inputs, cache):
+    """The logits (vocabulary,) of the first token: the whole prompt, layer by layer: attend,
+    compress."""
+    with tqdm(total=model.config.layers, desc="prefill", delay=2, leave=False, disable=None) as bar:
+        def attend(layer, q, k, v):                        # (H, T, D), (G, T, D), (G, T, D)
+            out = prefill_attention(q, k, v)
+            cache.compress(layer, q, k, v)
+            bar.update()
+            return out
+        return model.logits(model.hidden_states(inputs, attend)[-1])
 
 
-# ---- several questions ---------------------------------------------------------------------------
+def decode(model, cache, token, position):
+    """The logits (vocabulary,) after one more token, which stands at `position`: every head appends
+    its entry, and attends to what it holds."""
+    def attend(layer, q, k, v):                            # (H, 1, D), (G, 1, D), (G, 1, D)
+        cache.append(layer, k, v)
+        return decode_attention(q, cache[layer])
+    cache.reserve()
+    return model.decode(token, position, attend)
+
+
+def decoding_step(model, cache):
+    """step(token, position) -> logits (vocabulary,): `decode`, or on CUDA its fast twin."""
+    on_cuda = model.device.type == "cuda"
+    return GraphDecode(model, cache) if on_cuda else partial(decode, model, cache)
+
 
 class Conversation:
-    """Questions about the same images. The first one's prompt is prefilled and compressed. Each
+    """Questions about the same images. The first question's prompt is prefilled and compressed. A
     later question is appended to what was kept, so that nothing is computed twice; but what to keep
-    was chosen by where the first question's window looked. With fresh=True all that was said so far
+    was chosen by where the first question's window looked. With fresh=True everything said so far
     is prefilled and compressed anew for each question. The other arguments are generate's."""
 
-    def __init__(self, model, images, method="sparsemm", budget=256, window=32, rho=0.1,
-                 redistribute=True, head_scores=None, seed=0, max_new_tokens=256, fresh=False):
-        self.model, self.images, self.fresh = model, images, fresh
-        self.settings = method, budget, window, rho, redistribute, head_scores, seed
+    def __init__(self, model, images, method=Method("full"), max_new_tokens=256, fresh=False):
+        self.model, self.images, self.method, self.fresh = model, images, method, fresh
         self.max_new_tokens = max_new_tokens
         self.turns = []                       # the first question, its answer, the second, ...
         self.inputs = self.cache = None       # all that was read or written so far, as a Prompt
@@ -188,23 +135,37 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(self, question, stream=None):
-        """generate for the next question."""
-        model, new = self.model, self.read(question)
-        T, start = len(self.inputs.ids), clock(self.model)
+        """The answer to the next question, as generate returns it."""
+        model, c, new = self.model, self.model.config, self.read(question)
+        T, start = len(self.inputs.ids), clock(model)
         if self.cache is None or self.fresh:
-            self.cache = new_cache(model, T, self.max_new_tokens, *self.settings)
+            self.cache = new_cache(model, T, self.method, self.max_new_tokens)
             logits = prefill(model, self.inputs, self.cache)
+            step = decoding_step(model, self.cache)
         else:
             model.check_length(T, self.max_new_tokens)
             step = decoding_step(model, self.cache)
             for position, token in enumerate(new, self.inputs.next_position - len(new)):
                 logits = step(token, position)
-        result = write(model, self.inputs, self.cache, logits, start, self.max_new_tokens, stream)
-        tokens = result["token_ids"]
-        self.turns.append(result["text"].strip())
+        kept, cache_bytes, prefilled = self.cache.held(), self.cache.held_bytes(), clock(model)
+        text_of = partial(model.processor.tokenizer.decode, skip_special_tokens=True)
+        show = streamed(text_of, stream) if stream else lambda tokens, last=False: None
+        with one_thread_if_small(model):
+            tokens = greedy_decode(step, logits, self.inputs.next_position,
+                                   model.processor.end_tokens, self.max_new_tokens, show)
+        end, text = clock(model), text_of(tokens)
+        show(tokens, last=True)
+        self.turns.append(text.strip())
+        result = dict(
+            text=text, token_ids=tokens, new_tokens=len(tokens), prompt_tokens=T,
+            image_tokens=self.inputs.image_tokens, method=self.method.name,
+            budget=self.method.budget, kept=kept, cache_bytes=cache_bytes,
+            full_cache_bytes=2 * c.head_dim * model.dtype.itemsize * c.layers * c.kv_heads * T,
+            allocated_bytes=self.cache.allocated_bytes(), prefill_seconds=prefilled - start,
+            decode_seconds=end - prefilled)
         self.inputs = self.inputs.extended(tokens[:-1])
         self.unread = [t for t in tokens[-1:] if t not in model.processor.end_tokens]
-        return dict(result, method=self.settings[0], budget=self.settings[1])
+        return result
 
     def read(self, question):
         """Takes a question into inputs. Returns the tokens that are new to the cache."""
@@ -218,160 +179,131 @@ class Conversation:
         return new
 
 
-# ---- for CUDA: the same steps from a graph, which nobody needs to understand the method ----------
+def streamed(text_of, stream):
+    """show(tokens) that passes on the new text of a growing list of tokens. A character whose bytes
+    are not all there yet waits."""
+    shown = 0
 
-def decoding_step(model, cache):
-    """step(token, position) -> logits (vocabulary,): `decode`, or on CUDA its fast twin."""
+    def show(tokens, last=False):
+        nonlocal shown
+        text = text_of(tokens)
+        if last or not text.endswith("\ufffd"):
+            stream(text[shown:])
+            shown = len(text)
+    return show
+
+
+def clock(model):
+    """Seconds, once the device has done all that was asked of it."""
     if model.device.type == "cuda":
-        return GraphDecode(model, cache)
-    return partial(decode, model, cache)
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-class GraphDecode:
-    """A decoding step is hundreds of short kernels, whose launches would take longer than their
-    work. So they are captured as a CUDA graph, which is replayed until the cache moves."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache, self.graph = model, cache, None
-        self.token, self.position = (torch.zeros(1, dtype=torch.long, device=model.device)
-                                     for _ in "tp")
-
-    def __call__(self, token, position):
-        self.token.fill_(token), self.position.fill_(position)
-        if self.cache.extend() or self.graph is None:
-            self.capture()
-        else:
-            self.packed.extend()
-        self.graph.replay()
-        return self.logits
-
-    def capture(self):
-        """Runs one step outside the graph first, since first calls allocate memory; it writes the
-        same entries as the replay."""
-        self.packed, self.graph = PackedAttention(self.cache), torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.model.decode(self.token, self.position, self.packed.attend)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
-            self.logits = self.model.decode(self.token, self.position, self.packed.attend)
+@contextmanager
+def one_thread_if_small(model):
+    """Decodes on one CPU thread if the processor's caches hold the weights (64 MB): further threads
+    gain nothing then, and wait for each other wherever another program keeps a core busy."""
+    threads, weights = torch.get_num_threads(), model.decoder.parameters()
+    small = model.device.type == "cpu" and sum(w.nbytes for w in weights) < 2**26
+    torch.set_num_threads(1 if small else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-# ---- what the user gives, here and in the other scripts ------------------------------------------
+# ---- the command, and what other scripts share with it ------------------------------------------
+
+class OneLineParser(argparse.ArgumentParser):
+    """Whatever ends a command early takes one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())[:500]}\n")
+
+    def run(self, work, argv=None):
+        """work(the parsed arguments). Bad input, files that cannot be read or written and too
+        little memory end with exit status 2, Ctrl-C with 130, a closed pipe with 141."""
+        warnings.filterwarnings("ignore")                  # of libraries, about what they do inside
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):       # escape what the terminal cannot print
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                work(self.parse_args(argv))
+            finally:
+                print(end="", flush=True)
+        except KeyboardInterrupt as stop:
+            self.exit(130, f"{self.prog}: {stop.args[0] if stop.args else 'stopped'}\n")
+        except OSError as error:
+            sys.stdout = None                 # closed, or a full disk: what is left cannot be said
+            self.exit(141) if isinstance(error, BrokenPipeError) else self.error(error)
+        except (ValueError, OverflowError, MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                self.error("too little memory for this model, picture and --dtype")
+            if type(error) is RuntimeError:
+                raise
+            self.error(error)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory is short, on a CPU or on CUDA."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))
+
 
 def add_model_arguments(parser):
     """--model, --device, --dtype and --seed, the same for every script."""
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_HUB_ID",
-                        help="a checkpoint's folder or hub id (default: the small model in tiny/)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="auto: float32 on a CPU, the checkpoint's own on CUDA")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), help="folder or hub id (default: tiny/qwen2-vl)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 on a CPU")
+    add("--seed", type=int, default=0)
 
 
-def write_file(path, content, option=""):
-    """All of it or nothing: to a file beside it, which is then renamed. Links are followed.
-    content: text or bytes; None: only tries. Raises ValueError where no file can be written."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+def write_file(path, content):
+    """Writes text or bytes: all of it or nothing, to a file beside it that is then renamed."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        if os.path.lexists(target) and not (target.is_file() and os.access(target, os.W_OK)):
-            raise OSError(0, "not a file that may be written")
-        try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content or b"")
-            if content is not None:
-                os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option} {path}: cannot be written ({error.strerror}); a file in a "
-                         "folder that exists is right".strip()) from None
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(content, path):
-    """write_file of one line."""
     write_file(path, json.dumps(content) + "\n")
 
 
 def check_output(path, option, *endings, inputs=()):
-    """Raises ValueError unless a file can be written at path, so that no long run ends in vain, and
-    if it is one of `inputs`, paths of what is read or written otherwise."""
-    require(not endings or Path(path).suffix.lower() in endings,
-            f"{option} {path}: must end in {' or '.join(endings)}")
-    require(os.path.realpath(path) not in [os.path.realpath(other) for other in inputs if other],
-            f"{option} {path}: is named twice; a file of its own is right")
-    write_file(path, None, option)
+    """Raises ValueError unless a file with one of these endings can be written at path, which is no
+    input: no long run ends in vain, and nothing is lost."""
+    path = Path(os.path.realpath(path))
+    if (endings and path.suffix.lower() not in endings or path.exists() and not path.is_file()
+            or path in [Path(other).resolve() for other in inputs if other]
+            or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise ValueError(f"{option} {path}: must be a writable {'/'.join(endings)} file, no input")
 
 
-def find_head_scores(model, path):
+def about_file(path):
+    """The sidecar of a score file, s.json -> s.about.json: what the scores were made of."""
+    return Path(path).with_name(Path(path).name.removesuffix(".json") + ".about.json")
+
+
+def find_head_scores(model, path=None):
     """The visual scores (L, H): from the file at path, or if None from the model's folder. None if
-    that has no such file. The file beside them says which model's they are."""
+    the folder has no such file. Notes if they were made for another model."""
     file = model.folder / SCORES_FILE if path is None else Path(path)
     if path is None and not file.exists():
         return None
     scores = read_head_scores(file, model.config.layers, model.config.heads)
-    about = file.with_suffix(".about.json")
-    match read_json(about, "scores") if about.exists() else None:
-        case {"model": str(other)} if Path(other).name != Path(model.name).name:
-            note(f"--scores {file}: was made for {other}, not for {model.name}")
+    if (about := about_file(file)).exists():
+        with reading(about):
+            made_for = json.loads(about.read_text(encoding="utf-8"))["model"]
+            if Path(made_for).name != Path(model.name).name:
+                note(f"--scores {file}: was made for {made_for}, not for {model.name}")
     return scores
-
-
-# ---- the command ---------------------------------------------------------------------------------
-
-def argument_parser():
-    parser = OneLineParser(
-        prog="sparsemm.py", description="Ask a question about an image, with SparseMM's KV cache.")
-    add = parser.add_argument
-    add("--image", nargs="+", default=[], metavar="PATH", help="images, in order")
-    add("--prompt", required=True, action="append", metavar="TEXT",
-        help="the question; given again, further ones about the same images")
-    add("--fresh", action="store_true", help="prefill and compress anew for every question")
-    add("--method", choices=METHODS, default="sparsemm", metavar="NAME",
-        help="which entries to keep: %(choices)s")
-    add("--budget", type=int, default=256, metavar="N",
-        help="cache entries per KV head, on average (default 256)")
-    add("--window", type=int, default=32, metavar="N",
-        help="last positions of the prompt that every head keeps (default 32)")
-    add("--rho", type=float, default=0.1, help="share of the rest that all heads get (default 0.1)")
-    add("--no-redistribute", action="store_true",
-        help="lose what exceeds the prompt's length, as the authors' code does")
-    add("--scores", metavar="FILE",
-        help=f"visual head scores (default: {SCORES_FILE} in the model's folder)")
-    add("--max-new-tokens", type=int, default=256, metavar="N")
-    add("--compare", action="store_true", help="run every method; print a table")
-    add("--json", action="store_true", help="print one JSON object, nothing else")
-    add("--show-heads", metavar="FILE", help="draw where the best and the worst heads look: a PNG "
-        "of one token of the answer, or a GIF of all")
-    add("--show-token", type=int, metavar="N",
-        help="which token of the answer the PNG shows (default 0)")
-    add_model_arguments(parser)
-    return parser
-
-
-def check_arguments(args):
-    """What no function called later would refuse, or only after work was done."""
-    show, many = args.show_heads, len(args.prompt) > 1
-    if show is not None:
-        check_output(show, "--show-heads", ".png", ".gif", inputs=args.image)
-        require(len(args.image) == 1, f"--show-heads: needs one --image, not {len(args.image)}")
-    for text in args.prompt:
-        require(text.strip(), f"--prompt: {text!r} is empty; a question is right")
-    require(not many or not (args.compare or show), f"--prompt: {len(args.prompt)} questions; "
-            "--compare and --show-heads take one")
-    for option, given, works, needs in (
-            ("--show-token", args.show_token is not None, show and show.lower().endswith(".png"),
-             "--show-heads with a PNG"),
-            ("--fresh", args.fresh, many, "several --prompt"),
-            ("--scores", args.scores is not None, needs_scores(args) or args.compare,
-             f"--method {' or '.join(NEEDS_HEAD_SCORES)}")):
-        require(works or not given, f"{option}: has no effect without {needs}")
-
-
-def needs_scores(args):
-    """Whether there is no answer, or no picture, without head scores."""
-    return args.show_heads is not None or (args.method in NEEDS_HEAD_SCORES and not args.compare)
 
 
 def report(result, model):
@@ -385,8 +317,9 @@ def report(result, model):
             f"memory  {result['cache_bytes'] / 1e6:,.2f} MB of cache instead of "
             f"{result['full_cache_bytes'] / 1e6:,.2f} MB, "
             f"{result['allocated_bytes'] / 1e6:,.2f} MB allocated\n"
-            f"time    prefill {result['prefill_seconds']:.2f} s, {per_token(result)} ms per token, "
-            f"{result['new_tokens']} tokens ({model.device}, {model.dtype})")
+            f"time    load {model.load_seconds:.2f} s, prefill {result['prefill_seconds']:.2f} s, "
+            f"{per_token(result)} ms per token, {result['new_tokens']} tokens "
+            f"({model.device}, {model.dtype})")
 
 
 def per_token(result):
@@ -404,68 +337,132 @@ def comparison_table(results, skipped):
     return "\n".join(lines)
 
 
-def compare(args, begin, head_scores):
-    """Every method's answer to the same question. Returns that of --method."""
-    skipped = NEEDS_HEAD_SCORES if head_scores is None else ()
-    results = [begin(method=name).ask(args.prompt[0]) for name in METHODS if name not in skipped]
-    print(json.dumps({"runs": results}) if args.json else comparison_table(results, skipped))
-    return next((result for result in results if result["method"] == args.method), None)
-
-
-def converse(args, conversation):
-    """The questions' answers, each with its report. Returns the last."""
-    model, results = conversation.model, []
-    for question in args.prompt[1:]:                    # to refuse it before the first is answered
-        model.processor.token_ids(len(conversation.images), question)
-    show = None if args.json else partial(print, end="", flush=True)
-    for question in args.prompt:
-        results.append(conversation.ask(question, show))
-        if not args.json:
-            print(flush=True)
-        print(report(results[-1], model), file=sys.stderr)
-    if args.json:
-        print(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
-    return results[-1]
-
-
 def note_unknown_tasks(model, prompts):
-    """Small models say in prompts.json what they were taught: anything else is noted."""
+    """Notes what a small model was not taught. Its prompts.json says what it was."""
     path = model.folder / "prompts.json"
-    taught = read_json(path, "model") if path.exists() else {"known": [".*"]}
-    for text in prompts:
-        if not any(re.fullmatch(pattern, text.strip(), re.DOTALL) for pattern in taught["known"]):
-            note(f"prompt {text!r}: this small model knows {taught['said']}, and nothing else")
+    if path.exists():
+        taught = json.loads(path.read_text(encoding="utf-8"))
+        for text in prompts:
+            if not any(re.fullmatch(p, text.strip(), re.DOTALL) for p in taught["known"]):
+                note(f"--prompt {text!r}: this small model knows {taught['said']}, nothing else")
 
 
 def answer(args):
     """What the command does."""
-    warnings.filterwarnings("ignore")                      # the user's input is not at fault there
-    check_arguments(args)
+    names, results = METHODS if args.compare else [args.method], []
+    if names != ["full"]:
+        check_settings(args.budget, args.window, args.rho)                    # before long work
     images = [open_image(path) for path in args.image]
     model = load(args.model, args.device, args.dtype)
-    needed = needs_scores(args)
-    scores = find_head_scores(model, args.scores) if needed or args.compare else None
-    require(scores is not None or not needed,
-            f"--scores: no {model.folder / SCORES_FILE}; python score_heads.py --model {args.model}"
-            " makes it, and --method snapkv needs none")
-    begin = partial(Conversation, model, images, budget=args.budget, window=args.window,
-                    rho=args.rho, redistribute=not args.no_redistribute, head_scores=scores,
-                    max_new_tokens=args.max_new_tokens, seed=args.seed, fresh=args.fresh)
-    if args.compare:
-        result = compare(args, begin, scores)
-    else:
-        result = converse(args, begin(method=args.method))
+    for text in args.prompt:
+        model.processor.token_ids(len(images), text)
+    scores = find_head_scores(model, args.scores) if {*names} & {*NEEDS_HEAD_SCORES} else None
+    skipped = [name for name in names if name in NEEDS_HEAD_SCORES and scores is None]
+    if skipped and not args.compare:
+        raise ValueError(f"--scores: must name a file, since {model.folder / SCORES_FILE} does not "
+                         f"exist; python score_heads.py --model {args.model} makes it")
+    show = None if args.json or args.compare else partial(print, end="", flush=True)
+    for name in [name for name in names if name not in skipped]:
+        method = Method(name, args.budget, args.window, args.rho, not args.no_redistribute, scores,
+                        args.seed)
+        talk = Conversation(model, images, method, args.max_new_tokens, args.fresh)
+        for question in args.prompt:
+            results.append(talk.ask(question, show))
+            if show:
+                print(flush=True)
+            if not args.compare:
+                print(report(results[-1], model), file=sys.stderr)
+    if args.json:
+        one = len(results) == 1 and not args.compare
+        print(json.dumps(results[0] if one else {"runs": results}))
+    elif args.compare:
+        print(comparison_table(results, skipped))
     if not images:
         note("--image: none was given; the answer is made without a picture")
     note_unknown_tasks(model, args.prompt)
-    if args.show_heads:
-        from experiments.draw import show_heads
-        show_heads(model, images[0], args.prompt[0], scores, args.show_heads, args.show_token or 0,
-                   token_ids=result["token_ids"])
 
 
 def main(argv=None):
-    argument_parser().run(answer, argv)
+    parser = OneLineParser("sparsemm.py", description="Ask about an image, with SparseMM's cache.")
+    add = parser.add_argument
+    add("--image", nargs="+", action="extend", default=[], metavar="PATH", help="in order")
+    add("--prompt", required=True, action="append", metavar="TEXT",
+        help="the question; given again, further ones about the same images")
+    add("--fresh", action="store_true", help="prefill and compress anew for every question")
+    add("--method", choices=METHODS, default="sparsemm", metavar="NAME", help=", ".join(METHODS))
+    add("--budget", type=int, default=256, metavar="N", help="entries per KV head on average (256)")
+    add("--window", type=int, default=32, metavar="N", help="last positions, which all keep (32)")
+    add("--rho", type=float, default=0.1, help="share of the rest that all heads get alike (0.1)")
+    add("--no-redistribute", action="store_true", help="lose what exceeds the prompt's length")
+    add("--scores", metavar="FILE", help=f"head scores (default: the model's {SCORES_FILE})")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="(256)")
+    add("--compare", action="store_true", help="run every method; print a table")
+    add("--json", action="store_true", help="print one JSON object, nothing else")
+    add_model_arguments(parser)
+    parser.run(answer, argv)
+
+
+# ---- for CUDA: the same in few kernels, from a graph; not needed to understand the method --------
+
+class PackedAttention:
+    """The fast twin of KVCache.append and decode_attention, equal up to rounding, in shapes that
+    stay the same from step to step. It reads a layer's tensors whole. What a query must not see,
+    other heads' entries and free room, gets a logit of -inf, hence a weight of exactly 0. If all
+    heads hold equally many entries, one batched product serves them. If not, every query meets
+    every entry of the layer: G times the multiplications, of which a GPU has plenty, but each key
+    and value is read once, and no long head keeps the others waiting."""
+
+    def __init__(self, cache):
+        """cache: a KVCache after `reserve`. A `reserve` that moves its tensors ends the use of this
+        object."""
+        self.cache, self.masks, self.shifts = cache, [], []
+        for layer, kept in enumerate(cache.kept):
+            start, shift, n = torch.tensor(cache.starts(layer)), 0, len(cache.keys[layer])
+            if len(set(kept)) == 1:                             # all alike: one head's rows, from 0
+                start, shift, n = 0 * start, start, kept[0] + cache.room
+            end, row = start + torch.tensor(kept) + cache.appended, torch.arange(n)
+            mine = (row >= start[:, None]) & (row < end[:, None])
+            self.masks.append(torch.where(mine, 0.0, -math.inf).to(cache.newest.device))  # (G, n)
+            self.shifts.append(torch.as_tensor(shift, device=cache.newest.device))
+
+    def append_and_attend(self, layer, q, k, v):        # (H, 1, D), (G, 1, D) twice -> (H, 1, D)
+        (H, _, D), mask, (G, n) = q.shape, self.masks[layer], self.masks[layer].shape
+        self.cache.append(layer, k, v)
+        mask.scatter_(1, (self.cache.newest[layer] - self.shifts[layer])[:, None], 0.0)
+        keys, values = (x[layer].view(-1, n, D) for x in (self.cache.keys, self.cache.values))
+        q, keys = q.view(len(keys), -1, D), keys.mT                   # len: G if all alike, else 1
+        logits = (torch.bmm(q, keys, out_dtype=torch.float32) if q.is_cuda      # CUDA's alone
+                  else q.float() @ keys.float()).view(G, -1, n)
+        p = torch.add(mask[:, None], logits, alpha=1 / math.sqrt(D)).softmax(-1)        # (G, R, n)
+        return (p.to(v.dtype).view(len(values), -1, n) @ values).view(H, 1, D)
+
+
+class GraphDecode:
+    """A decoding step is hundreds of short kernels, whose launches would take longer than their
+    work. So they are captured as a CUDA graph, which is replayed until the cache moves."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.graph = model, cache, None
+        self.token, self.position = torch.zeros(2, 1, dtype=torch.long, device=model.device)
+
+    def __call__(self, token, position):
+        self.token.fill_(token), self.position.fill_(position)
+        if self.cache.reserve() or self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits
+
+    def capture(self):
+        """Runs one step outside the graph first, since first calls allocate memory."""
+        self.graph, self.packed = torch.cuda.CUDAGraph(), PackedAttention(self.cache)
+        attend = self.packed.append_and_attend
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.model.decode(self.token, self.position, attend)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.logits = self.model.decode(self.token, self.position, attend)
 
 
 if __name__ == "__main__":

@@ -1,603 +1,429 @@
-"""How fast? Measured on this machine, next to what others do and to what the machine allows.
+"""How fast, and how much memory? Measured on this machine, beside what others do.
 
-    python experiments/bench.py decode [--geometry vicuna-7b ...] [--lengths 8192 ...]
-    python experiments/bench.py profile [--geometry vicuna-7b ...] [--lengths 16384]
-    python experiments/bench.py attention [--num 10]
-    python experiments/bench.py scoring [--model DIR ... | --geometry vicuna-7b ...] [--num 10]
-    python experiments/bench.py command [--num 5]                         `python sparsemm.py`, cold
+    python experiments/bench.py decode [--geometry vicuna-7b ...] [--lengths 8192 ...] [--prefill]
+    python experiments/bench.py cpu --layers 4      a 2B model on a CPU: loading, prefill, decoding
+    python experiments/bench.py memory              the peak of a prompt, counted without a GPU
+    python experiments/bench.py attention           decode_attention alone, one thread
+    python experiments/bench.py scoring             score_heads.py on the small models
+    python experiments/bench.py command             `python sparsemm.py`, cold
 
-`decode` has the published geometries with random weights, which is honest for time and memory: what
-a step costs does not depend on the numbers in it. A cache of T entries is filled with random keys
-and values, compressed, and extended by one token a step. Beside it:
-
-    full            our own cache with nothing evicted, decoded by the same code
-    transformers    its own model of the same geometry, DynamicCache, scaled_dot_product_attention
-    floor           the bytes that a step must read, weights and cache, over this machine's measured
-                    bandwidth
-    byte ratio      full's bytes over the method's; a measured speed-up can exceed it where full's
-                    step is further from its floor
-
-Head scores are as concentrated as the published ones of LLaVA: the top 5 % of heads hold 55 %.
-Methods are measured in turn, round by round, in one process; times are medians over all rounds.
-`--prefill` measures prefill, too, what compression adds to it, and the peak of memory.
-
-`profile` says where a decoding step with sparsemm spends its time: the ten kernels that take most.
-
-`attention` measures decode_attention alone, the views of the cache included, on one thread: layers
-in which few heads hold most of the entries, 32 of them in turn, so that they come from memory.
-Beside it a plain product that reads as many bytes once: one query with all keys, one row of weights
-with all values.
-
-`scoring` compares score_heads.py with the procedure of the authors' code, in transformers: eager
-attention that returns its maps, one forward pass for every token of the transcript. Both count the
-same hits, which is checked in float32; in bfloat16, where many keys of a row tie, the table says by
-how much of all scores they differ. The transcript is the page's text (truth) or the model's own
-(model).
-
-Results go to --out as JSON, and as Markdown beside it; the tables in results/ are made so.
+Except for scoring, weights and cache entries are random: what a step costs does not depend on them.
+Whatever is compared runs in turn, round by round; times are medians. `full` is our own cache with
+nothing evicted; `transformers` has a DynamicCache and scaled_dot_product_attention. The floor is
+the bytes that a step must read, weights and cache, over the measured bandwidth; the byte ratio is
+full's bytes over the method's. ONEDNN_MAX_CPU_ISA=AVX2 before the command makes `cpu` measure a CPU
+without units for bfloat16. `attention` stands beside a product that reads as many bytes once,
+`scoring` beside the authors' procedure: a forward pass with attention maps for each token of the
+transcript, which is the page's text (truth) or the model's own (model).
 """
 
-import argparse
-import math
+import itertools
+import multiprocessing
+import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from weakref import WeakSet, finalize
 
 import torch
-import transformers
-from torch.profiler import ProfilerActivity, profile
+import transformers as hf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
-from transformers import (CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM,
-                          LlavaNextConfig, LlavaNextForConditionalGeneration,
-                          LlavaNextImageProcessorPil, LogitsProcessor, LogitsProcessorList,
-                          MistralConfig, MistralForCausalLM, Qwen2ForCausalLM, Qwen2VLConfig)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from cache import (KVCache, Method, OneLineParser, allocate_budgets, decode_attention, make_method,
-                   recency)
-from experiments.arguments import device_name, whole_number
-from experiments.pages import KINDS
-from experiments.progress import machine_name
-from experiments.sources import Rendered
-from model_llava import (DTYPES, MODELS, Processor, Prompt, convert_config, copy_weights, load,
-                         prepare, read_config)
-from score_heads import (LIMIT, OCR_PROMPT, align_tokens, score_transcript, tokens_in_box,
-                         top_share, transcribe)
-from sparsemm import (DEFAULT_MODEL, check_output, clock, decoding_step, greedy_token, prefill,
-                      write_file, write_json)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cache import (KVCache, Method, Plan, allocate_budgets, decode_attention, make_plan, recency,
+                   select_entries)
+from experiments.pages import KINDS, Rendered
+from experiments.report import machine_name, rows_of
+from model_llava import (DTYPES, MODELS, Prompt, convert_config, load, prepare, read_config,
+                         rotary_frequencies)
+from score_heads import (OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, transcribe)
+from sparsemm import (DEFAULT_MODEL, OneLineParser, check_output, clock, decode, decoding_step,
+                      greedy_token, prefill, write_file, write_json)
 
-WINDOW = 32
-
-
-# ---- decoding ------------------------------------------------------------------------------------
-
-def llava(text):
-    """A LLaVA-NeXT of the published vision tower, CLIP ViT-L/14 at 336 pixels, and a decoder."""
-    return LlavaNextConfig(text_config=text, vision_config=CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        image_size=336, patch_size=14, projection_dim=768))
+VLM = hf.AutoModelForImageTextToText
+GEOMETRIES = {          # name -> layers, heads, KV heads, width, MLP width, vocabulary
+    "vicuna-7b": (hf.LlamaConfig, 32, 32, 32, 4096, 11008, 32064),
+    "mistral-7b": (hf.MistralConfig, 32, 32, 8, 4096, 14336, 32064),
+    "qwen2-vl-7b": (hf.Qwen2Config, 28, 28, 4, 3584, 18944, 152064),
+    "qwen2-vl-2b": (hf.Qwen2Config, 28, 12, 2, 1536, 8960, 151936),
+    "small-mha": (hf.LlamaConfig, 8, 16, 16, 1024, 2048, 1024)}
+SHAPES, LAYERS = ((32, 32, 128, 256), (32, 8, 128, 256), (28, 4, 128, 256), (8, 4, 32, 96)), 32
 
 
-WIDE = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064)
-GEOMETRIES = {      # name -> transformers' config, and its class of language model
-    "vicuna-7b": (lambda: llava(LlamaConfig(**WIDE, intermediate_size=11008)), LlamaForCausalLM),
-    "mistral-7b": (lambda: llava(MistralConfig(**WIDE, intermediate_size=14336,
-                                               num_key_value_heads=8, sliding_window=None)),
-                   MistralForCausalLM),
-    "qwen2-vl-7b": (lambda: Qwen2VLConfig(
-        text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
-                         rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24],
-                                       "rope_theta": 1e6}),
-        vision_config=dict(hidden_size=3584), tie_word_embeddings=False), Qwen2ForCausalLM),
-    "small-mha": (lambda: llava(LlamaConfig(hidden_size=1024, intermediate_size=2048,
-                                            num_hidden_layers=8, num_attention_heads=16,
-                                            vocab_size=1024)), LlamaForCausalLM),
-}
-BASELINE = "transformers"
+def geometry(name, layers=None):
+    """transformers' configs of a whole model and of its language model, cut to so many layers."""
+    kind, L, H, G, E, mlp, vocabulary = GEOMETRIES[name]
+    text = dict(num_hidden_layers=layers or L, num_attention_heads=H, num_key_value_heads=G,
+                hidden_size=E, intermediate_size=mlp, vocab_size=vocabulary, sliding_window=None)
+    if kind is not hf.Qwen2Config:
+        return hf.LlavaNextConfig(text_config=kind(**text), image_token_index=1), kind(**text)
+    rope = dict(type="mrope", mrope_section=[16, 24, 24], rope_theta=1e6)
+    return hf.Qwen2VLConfig(
+        text_config=dict(text, rope_scaling=rope), tie_word_embeddings=name == "qwen2-vl-2b",
+        vision_config=dict(hidden_size=E, depth=layers or 32)), kind(**text)
 
 
-def random_weights(module, device, dtype):
-    """Gives a module that was built on the meta device memory, and random numbers in it."""
-    module.to(dtype).to_empty(device=device)
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.is_floating_point():
+@torch.inference_mode(False)                # as from_pretrained: frozen weights take slower paths
+def random_pair(name, args, dtype):
+    """Our model of a geometry and transformers' language model, both with random weights."""
+    config, text = geometry(name, args.layers)
+    with torch.device("meta"):
+        ours = MODELS[config.model_type](convert_config(config, config.model_type))
+        theirs = hf.AutoModelForCausalLM.from_config(text, attn_implementation="sdpa")
+    for model in (ours, theirs):
+        model.eval().to(DTYPES[dtype]).to_empty(device=args.device)
+        for tensor in (*model.parameters(), *model.buffers()):
             tensor.data.normal_(0, 0.02)
-    return module.eval()
+    return ours, theirs
 
 
 def concentrated_scores(L, H, seed, part=0.05, held=0.55):
     """Head scores (L, H) that fall off as a power of the rank, in random places; the top `part` of
-    the heads hold `held` of the sum, as in the published scores."""
-    ranks = torch.arange(1, L * H + 1, dtype=torch.float64)
-    low, high = 0.0, 10.0
-    for _ in range(50):
-        power = (low + high) / 2
-        low, high = ((power, high) if top_share(ranks ** -power, part)[1] < held else (low, power))
+    the heads hold `held` of the sum, as in the published scores of LLaVA."""
+    ranks, powers = torch.arange(1.0, L * H + 1).double(), torch.linspace(0, 10, 4001)[:, None]
+    scores = ranks ** -powers                                                       # (4001, L*H)
+    shares = scores[:, :max(1, round(part * L * H))].sum(1) / scores.sum(1)
     order = torch.randperm(L * H, generator=torch.Generator().manual_seed(seed))
-    return (ranks ** -power)[order].view(L, H)
+    return scores[(shares - held).abs().argmin(), order].view(L, H)
 
 
-def filled_cache(c, method, budget, scores, length, args):
+def filled_cache(model, method, length):
     """A KVCache as prefill leaves it, after a prompt of random keys and values."""
-    cache = KVCache(make_method(method, c.layers, c.kv_heads, length, budget, head_scores=scores))
+    c, like = model.config, dict(dtype=model.dtype, device=model.device)
+    cache = KVCache(make_plan(method, c.layers, c.kv_heads, length))
     for l in range(c.layers):
-        generator = torch.Generator(args.device).manual_seed(l)
-        cache.compress(l, *(torch.randn(heads, length, c.head_dim, generator=generator,
-                                        dtype=DTYPES[args.dtype], device=args.device)
-                            for heads in (c.heads, c.kv_heads, c.kv_heads)))
+        cache.compress(l, torch.randn(c.heads, length, c.head_dim, **like),
+                       *torch.randn(2, c.kv_heads, length, c.head_dim, **like))
     return cache
 
 
-class OurStep:
-    """One greedy decoding step of ours, after a prompt of `length` tokens."""
+def in_turn(works, rounds, now=time.perf_counter, warm_up=1):
+    """The median seconds of each of some functions, called in turn, round by round."""
+    taken = [[] for _ in works]
+    for _ in tqdm(range(rounds + warm_up)):
+        for work, seconds in zip(works, taken):
+            start = now()
+            work()
+            seconds.append(now() - start)
+    return [statistics.median(seconds[warm_up:]) for seconds in taken]
 
-    def __init__(self, model, cache, length):
-        self.model, self.step = model, decoding_step(model, cache)
-        self.token, self.position = 1, length
 
-    def next_token(self):
-        self.token = greedy_token(self.model, self.step(self.token, self.position), self.position)
-        self.position += 1
+def our_tokens(model, cache, length):
+    """Yields token after token, greedily, after a prompt of `length` tokens."""
+    step, token = decoding_step(model, cache), 1
+    for position in itertools.count(length):
+        token = greedy_token(step(token, position))
+        yield token
 
 
-class TransformersStep:
-    """One greedy decoding step of transformers' own model, after a prompt of random entries."""
-
-    def __init__(self, model, c, length, args):
-        self.model, self.cache = model, DynamicCache()
-        for l in range(c.layers):
-            k, v = (torch.randn(1, c.kv_heads, length, c.head_dim, dtype=DTYPES[args.dtype],
-                                device=args.device) for _ in "kv")
-            self.cache.update(k, v, l)
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=args.device)
-
-    def next_token(self):
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-        self.token = out.logits[:, -1:].argmax(-1)
-        self.token.item()
+def their_tokens(model, c, length):
+    """The same with transformers' model, after a prompt of random entries."""
+    cache, like = hf.DynamicCache(), dict(dtype=model.dtype, device=model.device)
+    for l in range(c.layers):
+        cache.update(*torch.randn(2, 1, c.kv_heads, length, c.head_dim, **like), l)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    while True:
+        token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        yield token.item()
 
 
 def bandwidth(model, size=2 ** 30):
-    """Bytes a second at which the model's device reads memory: the best of ten sums over a large
-    tensor and of ten products of a large matrix with a vector."""
+    """Bytes a second that the model's device reads: the best of some sums and products."""
     x = torch.ones(size // 4, device=model.device)
-    matrix, vector, best = x.view(-1, 4096), torch.ones(4096, device=model.device), math.inf
-    for work in (x.sum, lambda: matrix @ vector):
-        for _ in range(11):
-            start = clock(model)
+    matrix, vector = x.view(-1, 4096), torch.ones(4096, device=model.device)
+    return size / min(in_turn([x.sum, lambda: matrix @ vector] * 5, 1, partial(clock, model)))
+
+
+@torch.inference_mode()
+def decode_rows(name, length, args, dtype):
+    """A row per method and budget."""
+    ours, theirs = random_pair(name, args, dtype)
+    c, scores = ours.config, concentrated_scores(ours.config.layers, ours.config.heads, args.seed)
+    methods = [Method("full", length)] + [
+        Method(method, budget, head_scores=scores) for budget in args.budgets if budget < length
+        for method in ("snapkv", "pyramidkv", "adakv", "sparsemm")]
+    caches = [filled_cache(ours, method, length) for method in methods]
+    held = [cache.held_bytes() for cache in caches]
+    tokens = [*(our_tokens(ours, x, length) for x in caches), their_tokens(theirs, c, length)]
+    seconds = in_turn([partial(next, one) for one in tokens], args.num, partial(clock, ours), 2)
+    if args.profile:
+        with profile() as profiled:
+            next(tokens[-2])                                                            # sparsemm
+        print(profiled.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=10))
+    del caches, tokens                                                  # before memory is measured
+    prefills = prefill_cells(ours, theirs, length, methods) if args.prefill else [{}] * len(seconds)
+    weights = sum(w.nbytes for w in (*ours.decoder.layers.parameters(), ours.lm_head.weight))
+    names, speed = [(m.name, m.budget) for m in methods], bandwidth(ours)
+    for (method, budget), kept, s, cells in zip([*names, ("transformers", length)],
+                                                [*held, held[0]], seconds, prefills):
+        read = weights + kept
+        yield {"geometry": name, "prompt": length, "method": method, "budget": budget,
+               "ms/token": 1000 * s, "tokens/s": 1 / s, "GB/s": read / s / 1e9,
+               "floor, ms": 1000 * read / speed, "speed-up": seconds[0] / s,
+               "byte ratio": (weights + held[0]) / read} | cells
+
+
+def prefill_cells(ours, theirs, length, methods):
+    """For each method and transformers: seconds of a prefill, and on CUDA the most memory."""
+    c, ids = ours.config, torch.zeros(1, length, dtype=torch.long, device=ours.device)
+    prompt = Prompt(ids[0], torch.arange(length, device=ids.device).expand(3, -1), [], [], [])
+    works = [partial(lambda method: prefill(ours, prompt, KVCache(make_plan(
+        method, c.layers, c.kv_heads, length))), method) for method in methods]
+    works.append(partial(theirs, input_ids=ids, logits_to_keep=1))
+    for work, s in zip(works, in_turn(works, 1, partial(clock, ours))):
+        peak, model = "-", theirs if work is works[-1] else ours
+        if ours.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            others = torch.cuda.memory_allocated() - sum(w.nbytes for w in model.parameters())
             work()
-            best = min(best, clock(model) - start)
-    return size / best
+            peak = (torch.cuda.max_memory_allocated() - others) / 1e9
+        yield {"prefill, s": s, "peak, GB": peak}
 
 
-def random_model(config, args):
-    """Our model of transformers' config, with random weights, and the bytes of the weights that a
-    decoding step reads."""
+def save_random(config, folder):
+    """Writes a Qwen2-VL of random bfloat16 weights, which takes the small model's pictures."""
+    small = read_config(DEFAULT_MODEL)
+    config.image_token_id = small.image_token
+    config.vision_config.patch_size = small.vision.patch_size
+    VLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    shutil.copytree(DEFAULT_MODEL, folder, ignore=shutil.ignore_patterns("config.json", "model*"),
+                    dirs_exist_ok=True)
+
+
+def load_memory(read, folder, **options):
+    """GB that a loaded model holds once its weights were read, of its own or mapped from a file."""
+    def resident():
+        status = Path("/proc/self/status").read_text().split()
+        return sum(int(status[status.index(f"Rss{of}:") + 1]) for of in ("Anon", "File")) * 1.024e-6
+    read(DEFAULT_MODEL)                                                 # imports what is needed
+    before, model = resident(), read(folder, **options)
+    sum(weight.sum() for weight in model.parameters())
+    return resident() - before
+
+
+def bench_cpu(args, name="qwen2-vl-2b", length=1000):
+    """A row per numbers, threads and library, both with the full cache."""
+    args.device, args.budgets, args.prefill, loads = "cpu", [], True, {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(geometry(name, args.layers)[0], folder)
+        for dtype, read in itertools.product(args.dtype, (load, VLM.from_pretrained)):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                gb = process.submit(load_memory, read, folder, dtype=dtype).result()
+            loads.setdefault(dtype, []).append(gb)
+    for dtype, threads in itertools.product(loads, (1, 2)):
+        torch.set_num_threads(threads)
+        for gb, row in zip(loads[dtype], decode_rows(name, length, args, dtype)):
+            yield {"layers": args.layers or 28, "numbers": dtype, "threads": threads,
+                   "method": row["method"], "load, GB": gb, "prompt": length,
+                   "prefill, s": row["prefill, s"], "ms/token": row["ms/token"]}
+
+
+# ---- memory, counted -----------------------------------------------------------------------------
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.peak = WeakSet(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if x not in self.seen:
+                self.seen.add(x)
+                self.add(x.nbytes())
+                finalize(x, self.add, -x.nbytes())
+        return out
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class ExpectedCache(KVCache):
+    """A KVCache that knows how many entries its heads keep, for tensors without contents."""
+
+    def compress(self, layer, q, k, v):
+        a, kept = self.plan.position_scores(q, k, self.plan.window), self.expected[layer]
+        select_entries(a, torch.tensor(kept), k.shape[1])
+        self.kept.append(kept)
+        rows = torch.zeros(sum(kept) + len(k) * self.room, dtype=torch.long)
+        self.keys.append(k[rows.clamp(max=len(k) - 1), rows])
+        self.values.append(v[rows.clamp(max=len(k) - 1), rows])
+
+
+def peaks(config, length, method, dtype):
+    """GB that a prompt of `length` text tokens takes: the weights, the most in prefill and in a
+    decoding step, the entries kept. Not counted: what libraries take, and fragmentation."""
     c = convert_config(config, config.model_type)
-    with torch.device("meta"):
+    cache = ExpectedCache(make_plan(method, c.layers, c.kv_heads, length))
+    cache.expected = [cache.plan.budgets(l, None).tolist() for l in range(c.layers)]
+    rotary_frequencies.cache_clear()                                    # of tensors with contents
+    torch.set_default_dtype(dtype)
+    with FakeTensorMode(), torch.inference_mode(), Storages() as storages:
         model = MODELS[c.family](c)
-    random_weights(model, args.device, DTYPES[args.dtype])
-    read = [*model.decoder.layers.parameters(), model.lm_head.weight]
-    return model, sum(w.numel() * w.element_size() for w in read)
+        prompt = Prompt(torch.zeros(length, dtype=torch.long),
+                        torch.arange(length).expand(3, -1), [], [], [])
+        weights = storages.peak = storages.now
+        prefill(model, prompt, cache)
+        most, storages.peak = storages.peak, storages.now
+        decode(model, cache, 0, length)
+    torch.set_default_dtype(torch.float32)
+    rotary_frequencies.cache_clear()
+    return dict(weights=weights / 1e9, prefill=most / 1e9, decoding=storages.peak / 1e9,
+                kept=cache.held_bytes() / 1e9)
 
 
-def bench_decode(name, length, args):
-    """Milliseconds per token of one geometry and prompt length, all methods and budgets."""
-    make_config, reference_class = GEOMETRIES[name]
-    config = make_config()
-    model, weight_bytes = random_model(config, args)
-    c, rounds, warm_up = model.config, args.num, 2
-    scores = concentrated_scores(c.layers, c.heads, args.seed)
-    settings = [("full", length)] + [(method, budget) for budget in args.budgets
-                                     for method in ("snapkv", "pyramidkv", "adakv", "sparsemm")
-                                     if budget < length]
-    rows, steps = [], []
-    with torch.inference_mode():
-        for method, budget in settings:
-            cache = filled_cache(c, method, budget, scores, length, args)
-            steps.append(OurStep(model, cache, length))
-            rows.append(dict(method=method, budget=budget, cache_bytes=cache.held_bytes()))
-        text = reference_class.config_class
-        text = text(**config.text_config.to_dict() | dict(model_type=text.model_type),
-                    attn_implementation="sdpa")
-        with torch.device("meta"):
-            reference = reference_class(text)
-        random_weights(reference, args.device, DTYPES[args.dtype])
-        steps.append(TransformersStep(reference, c, length, args))
-        rows.append(dict(method=BASELINE, budget=length, cache_bytes=rows[0]["cache_bytes"]))
-        taken = [[] for _ in steps]
-        for _ in tqdm(range(rounds + warm_up), desc=f"{name}, {length} tokens"):
-            for step, milliseconds in zip(steps, taken):
-                start = clock(model)
-                step.next_token()
-                milliseconds.append(1000 * (clock(model) - start))
-    speed = bandwidth(model)
-    medians = [statistics.median(milliseconds[warm_up:]) for milliseconds in taken]
-    for row, ms in zip(rows, medians):
-        read = weight_bytes + row["cache_bytes"]
-        row |= dict(ms_per_token=ms, tokens_per_second=1000 / ms,
-                    gigabytes_per_second=read / ms / 1e6, floor_ms=1000 * read / speed,
-                    speedup=medians[0] / ms,
-                    byte_ratio=(weight_bytes + rows[0]["cache_bytes"]) / read)
-    result = dict(geometry=name, length=length, weight_bytes=weight_bytes, bandwidth=speed,
-                  rows=rows)
-    del steps, reference
-    if args.prefill:
-        result["prefill"] = bench_prefill(model, length, scores, args)
-    return result
+def bench_memory(args):
+    for name, length in itertools.product(args.geometry, args.lengths):
+        config, text = geometry(name, args.layers)
+        scores = concentrated_scores(text.num_hidden_layers, text.num_attention_heads, args.seed)
+        for method in ("full", "sparsemm"):
+            sizes = peaks(config, length, Method(method, args.budgets[0], head_scores=scores),
+                          DTYPES[args.dtype[0]])
+            yield dict(geometry=name, prompt=length, method=method) | sizes
 
 
-def bench_prefill(model, length, scores, args):
-    """Seconds and the peak of memory of a whole prefill, with nothing evicted and with sparsemm."""
-    c, ids = model.config, torch.randint(0, 1000, (length,), device=args.device)
-    prompt = Prompt(ids, torch.arange(length, device=args.device).expand(3, -1), [], [], [])
-    results = {}
-    for method in ("full", "sparsemm"):
-        seconds = []
-        for _ in range(3):
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            cache = KVCache(make_method(method, c.layers, c.kv_heads, length, 256,
-                                        head_scores=scores))
-            start = clock(model)
-            with torch.inference_mode():
-                prefill(model, prompt, cache)
-            seconds.append(clock(model) - start)
-        results[method] = dict(seconds=statistics.median(seconds), peak_bytes=(
-            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None))
-    return results
+# ---- attention alone, scoring, the command -------------------------------------------------------
+
+@torch.inference_mode()
+def bench_attention(args):
+    """A row per shape. Few heads hold most entries. Layers take turns: they come from memory."""
+    torch.set_num_threads(1)
+    for H, G, D, mean in SHAPES:
+        T = G * mean
+        table = torch.cat([allocate_budgets(concentrated_scores(1, G, args.seed + l), mean, T)
+                           for l in range(LAYERS)])
+        cache, q = KVCache(Plan(lambda layer, a: table[layer], recency, 32)), torch.randn(H, 1, D)
+        plain, weights = torch.randn(LAYERS, 2, T, D), torch.randn(1, T)
+        for l in range(LAYERS):
+            k, v = torch.randn(2, G, T, D)
+            cache.compress(l, k, k, v)
+        ours, product = (1000 * s / LAYERS for s in in_turn([
+            lambda: [decode_attention(q, cache[l]) for l in range(LAYERS)],
+            lambda: [(q[0] @ k.T, weights @ v) for k, v in plain]], args.num))
+        yield {"heads": H, "KV heads": G, "D": D, "mean entries": mean,
+               "largest head": max(map(max, cache.held())), "decode_attention, ms": ours,
+               "plain product, ms": product, "ratio": ours / product}
 
 
-def decode_table(results):
-    """Markdown: a row for each method and budget."""
-    lines = ["| geometry | prompt | method | budget | ms/token | tokens/s | GB/s | floor, ms "
-             "| speed-up | byte ratio |", "|---" * 10 + "|"]
-    for result in results:
-        for row in result["rows"]:
-            lines.append(f"| {result['geometry']} | {result['length']} | {row['method']} "
-                         f"| {row['budget']} | {row['ms_per_token']:.2f} "
-                         f"| {row['tokens_per_second']:.1f} | {row['gigabytes_per_second']:.1f} "
-                         f"| {row['floor_ms']:.2f} | {row['speedup']:.2f} "
-                         f"| {row['byte_ratio']:.2f} |")
-    lines.append("\nbyte ratio: full's bytes over the method's; a measured speed-up can exceed it "
-                 "where full's step is further from its floor.")
-    for result in results:
-        for method, what in result.get("prefill", {}).items():
-            peak = f", peak {what['peak_bytes'] / 2 ** 30:.2f} GiB" if what["peak_bytes"] else ""
-            lines.append(f"\n{result['geometry']}, {result['length']} tokens, {method}: prefill "
-                         f"{what['seconds']:.2f} s{peak}")
-    return "\n".join(lines)
-
-
-# ---- where the time of a step goes ---------------------------------------------------------------
-
-def bench_profile(name, length, args, steps=5, rows=10):
-    """The kernels that take most of a decoding step with sparsemm at the first of the budgets."""
-    model, _ = random_model(GEOMETRIES[name][0](), args)
-    c, on_cpu = model.config, args.device.type == "cpu"
-    with torch.inference_mode():
-        cache = filled_cache(c, "sparsemm", args.budgets[0],
-                             concentrated_scores(c.layers, c.heads, args.seed), length, args)
-        step = OurStep(model, cache, length)
-        for _ in range(3):
-            step.next_token()
-        activity = ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA
-        with profile(activities=[activity]) as profiled:
-            for _ in range(steps):
-                step.next_token()
-    spent = {event.key: (event.self_cpu_time_total if on_cpu else event.self_device_time_total)
-             for event in profiled.key_averages()}
-    calls = {event.key: event.count for event in profiled.key_averages()}
-    most = sorted(spent, key=spent.get, reverse=True)[:rows]
-    return dict(geometry=name, length=length, ms=sum(spent.values()) / steps / 1000, rows=[
-        dict(kernel=key, ms=spent[key] / steps / 1000, calls=calls[key] / steps) for key in most])
-
-
-def profile_table(results):
-    lines = ["| geometry | prompt | kernel | calls a step | ms a step | share |",
-             "|---" * 6 + "|"]
-    lines += [f"| {r['geometry']} | {r['length']} | {row['kernel'][:60]} | {row['calls']:.0f} "
-              f"| {row['ms']:.3f} | {row['ms'] / r['ms']:.0%} |" for r in results
-              for row in r["rows"]]
-    return "\n".join(lines)
-
-
-# ---- attention alone -----------------------------------------------------------------------------
-
-SHAPES = ((32, 32, 128, 256), (32, 8, 128, 256), (28, 4, 128, 256), (8, 4, 32, 96))
-LAYERS = 32
-
-
-def unequal_cache(G, D, mean, seed):
-    """A KVCache of random entries, `mean` a head on average in every layer, most of them in few."""
-    T = G * mean                                            # so that no head is cut
-    table = torch.cat([allocate_budgets(concentrated_scores(1, G, seed + l), mean, T)
-                       for l in range(LAYERS)])
-    cache = KVCache(Method(lambda layer, a: table[layer], recency))
-    k, v = torch.randn(2, G, T, D)
-    for l in range(LAYERS):
-        cache.compress(l, k, k, v)
-    return cache
-
-
-def bench_attention(H, G, D, mean, rounds, seed):
-    """Milliseconds of decode_attention of a layer, and of a plain product of as many bytes."""
-    cache, q, rows = unequal_cache(G, D, mean, seed), torch.randn(H, 1, D), G * mean
-    plain = [(torch.randn(rows, D), torch.randn(rows, D)) for _ in range(LAYERS)]
-    query, weights = torch.randn(1, D), torch.randn(1, rows)
-    work = (lambda l: decode_attention(q, cache[l]),
-            lambda l: (query @ plain[l][0].T, weights @ plain[l][1]))
-    taken = [[], []]
-    for _ in range(rounds + 1):                             # the first warms up
-        for one, milliseconds in zip(work, taken):
-            for l in range(LAYERS):
-                start = time.perf_counter()
-                one(l)
-                milliseconds.append(1000 * (time.perf_counter() - start))
-    ms, plain_ms = (statistics.median(milliseconds[LAYERS:]) for milliseconds in taken)
-    largest = max(max(held) for held in cache.held())
-    return dict(heads=H, kv_heads=G, head_dim=D, mean=mean, largest=largest, ms=ms,
-                plain_ms=plain_ms, ratio=ms / plain_ms)
-
-
-def attention_table(results):
-    lines = ["| heads | KV heads | D | mean entries | largest head | decode_attention, ms "
-             "| plain product, ms | ratio |", "|---" * 8 + "|"]
-    lines += [f"| {r['heads']} | {r['kv_heads']} | {r['head_dim']} | {r['mean']} | {r['largest']} "
-              f"| {r['ms']:.3f} | {r['plain_ms']:.3f} | {r['ratio']:.2f} |" for r in results]
-    return "\n".join(lines)
-
-
-# ---- scoring -------------------------------------------------------------------------------------
-
-class Force(LogitsProcessor):
-    """Makes generate write given tokens, one a step."""
-
-    def __init__(self, ids, start):
-        self.ids, self.start = ids, start
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self.ids[input_ids.shape[1] - self.start]] = 0
-        return forced
+def our_scores(model, pages, whose, transcripts):
+    """Yields the visual scores (L, H) of page after page; the transcripts' ids are appended."""
+    for image, words, text in pages:
+        transcripts.append(transcribe(model, image) if whose == "model" else
+                           model.processor.tokenizer(text, add_special_tokens=False).input_ids)
+        yield score_transcript(model, image, words, transcripts[-1])[0]
 
 
 @torch.no_grad()
-def score_step_by_step(reference, ours, image, words, ids=None):
-    """Visual scores (L, H) of one page from attention maps: transformers' generate returns those of
-    the prompt (T x T) and of every token after it. ids: the transcript, None for the model's own.
-    Returns scores and the transcript's tokens."""
-    prompt = prepare(ours, [image], OCR_PROMPT)
-    T, ends = len(prompt.ids), ours.processor.end_tokens
-    inputs = ours.processor.image_processor(image, return_tensors="pt").to(reference.device)
-    if ours.config.family == "qwen2_vl":
-        inputs["mm_token_type_ids"] = (prompt.ids == ours.config.image_token).int()[None]
-    steps = LIMIT if ids is None else len(ids)
-    out = reference.generate(
-        input_ids=prompt.ids[None], **inputs, do_sample=False, max_new_tokens=steps,
-        eos_token_id=sorted(ends), pad_token_id=0, output_attentions=True,
-        return_dict_in_generate=True,
-        logits_processor=LogitsProcessorList([] if ids is None else [Force(ids, T)]))
-    written = [i for i in out.sequences[0, T:].tolist() if i not in ends]
-    pieces = [ours.processor.tokenizer.decode([i], skip_special_tokens=True) for i in written]
-    scores = torch.zeros(ours.config.layers, ours.config.heads, dtype=torch.float64)
-    regions = [tokens_in_box(prompt.images[0], box) + prompt.starts[0] for _, box in words]
-    for i, word in enumerate(align_tokens(pieces, [text for text, _ in words])):
-        if word is None or len(regions[word]) == 0:
-            continue
-        for l, maps in enumerate(out.attentions[i]):                            # (1, H, rows, keys)
-            hit = torch.isin(maps[0, :, -1].argmax(-1).cpu(), regions[word])
-            scores[l] += hit / len(regions[word])
-    return scores, written
+def their_scores(theirs, model, pages, transcripts):
+    """The same by the authors' procedure, from the attention maps of every token."""
+    c, tokenizer = model.config, model.processor.tokenizer
+    for (image, words, _), ids in zip(pages, transcripts):
+        prompt = prepare(model, [image], OCR_PROMPT)
+        inputs = model.processor.image_processor(image, return_tensors="pt").to(theirs.device)
+        if c.family == "qwen2_vl":
+            inputs["mm_token_type_ids"] = (prompt.ids == c.image_token).int()[None]
+        maps = theirs.generate(
+            input_ids=prompt.ids[None], **inputs, do_sample=False, max_new_tokens=len(ids),
+            prefix_allowed_tokens_fn=lambda batch, read: [ids[len(read) - len(prompt.ids)]],
+            pad_token_id=0, output_attentions=True, return_dict_in_generate=True).attentions
+        pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+        scores = torch.zeros(c.layers, c.heads, dtype=torch.float64)
+        for word, of_token in zip(align_tokens(pieces, [text for text, _ in words]), maps):
+            box = (0, 0, 0, 0) if word is None else words[word][1]
+            region = tokens_in_box(prompt.images[0], box) + prompt.starts[0]
+            looked = torch.stack([rows[0, :, -1].argmax(-1) for rows in of_token]).cpu()  # (L, H)
+            scores += torch.isin(looked, region) / max(1, len(region))
+        yield scores
 
 
-def trained_pair(folder, device, dtype):
-    """A checkpoint, as our model and as transformers'."""
-    ours = load(folder, str(device), dtype)
-    kind = (transformers.Qwen2VLForConditionalGeneration if ours.config.family == "qwen2_vl"
-            else LlavaNextForConditionalGeneration)
-    return ours, kind.from_pretrained(folder, dtype=DTYPES[dtype],
-                                      attn_implementation="eager").to(device)
+def bench_scoring(args):
+    """A row per model, numbers, kind of pages and transcript."""
+    folders = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
+    for name, dtype in itertools.product(folders, args.dtype):
+        model = load(name, args.device, dtype)
+        theirs = VLM.from_pretrained(
+            name, dtype=DTYPES[dtype], attn_implementation="eager").to(args.device)
+        for (what, kinds), whose in itertools.product(
+                (("all kinds", KINDS), ("letters", ("letter",))), ("truth", "model")):
+            pages, ids = Rendered(kinds, args.seed, (256, 384), args.num + 1), []
+            scores = our_scores(model, pages, whose, ids), their_scores(theirs, model, pages, ids)
+            found = [], []
+            fast, slow = in_turn([partial(lambda i: found[i].append(next(scores[i])), i)
+                                  for i in (0, 1)], args.num)
+            ours, expected = map(torch.stack, found)
+            yield {"model": Path(name).name, "numbers": dtype, "pages": what, "transcript": whose,
+                   "tokens a page": sum(map(len, ids)) // len(ids),
+                   "score_heads.py, images/s": 1 / fast, "step by step, images/s": 1 / slow,
+                   "ratio": slow / fast,
+                   "scores differ by": f"{(ours - expected).abs().sum() / expected.sum():.1%}"}
 
 
-def random_pair(geometry, device, dtype):
-    """A LLaVA-NeXT of a published geometry, as our model and as transformers', with the same random
-    weights. Pages become as many image tokens as with the published checkpoints; the tokenizer is
-    that of the small model, a token per character."""
-    small = DEFAULT_MODEL.parent / "llava-next"
-    config = GEOMETRIES[geometry][0]()
-    config.image_token_index = read_config(small).image_token
-    with torch.device(device):
-        reference = LlavaNextForConditionalGeneration._from_config(
-            config, dtype=DTYPES[dtype], attn_implementation="eager").eval()
-    c = convert_config(config, config.model_type)
-    with torch.device("meta"):
-        ours = MODELS[c.family](c)
-    ours = ours.to(DTYPES[dtype]).to_empty(device=device).requires_grad_(False)
-    copy_weights(ours, reference.state_dict().items(), geometry)
-    ours.processor = Processor(small, c)
-    side = config.vision_config.image_size
-    ours.processor.image_processor = LlavaNextImageProcessorPil(
-        size=dict(shortest_edge=side), crop_size=dict(height=side, width=side),
-        image_grid_pinpoints=config.image_grid_pinpoints)
-    return ours.eval(), reference
-
-
-def bench_scoring(name, num, seed, device, dtypes):
-    """Pages a second of both procedures with both transcripts, on the pages that score_heads.py
-    renders by itself, and on letters, which are full of text: a result for each dtype. A page is
-    scored in every dtype before the next one, so that a machine whose speed changes over minutes
-    favours none. name: a checkpoint's folder, or one of GEOMETRIES; a random model never ends its
-    transcript, so that it is only given the page's."""
-    random = name in GEOMETRIES
-    pairs = {dtype: (random_pair if random else trained_pair)(name, device, dtype)
-             for dtype in dtypes}
-    rows = {dtype: [] for dtype in dtypes}
-    for what, kinds in (("all kinds", KINDS), ("letters", ("letter",)))[:1 if random else 2]:
-        pages = Rendered(kinds, seed, (256, 384), num + 1)
-        for whose in ("truth",) if random else ("truth", "model"):
-            taken = [[compare_scoring(*pair, pages[i], whose) for pair in pairs.values()]
-                     for i in tqdm(range(num + 1), desc=f"{Path(name).name}, {what}, {whose}")]
-            for dtype, of_dtype in zip(dtypes, zip(*taken[1:])):
-                tokens, fast, slow, differ = (sum(column) for column in zip(*of_dtype))
-                assert dtype != "float32" or differ / num < 0.001, differ    # two keys may tie
-                rows[dtype].append(dict(
-                    pages=what, transcript=whose, tokens=tokens / num, images_per_second=num / fast,
-                    times_faster=slow / fast, step_by_step_images_per_second=num / slow,
-                    differ=differ / num))
-    return [dict(model=Path(name).name, dtype=dtype, num=num, rows=rows[dtype]) for dtype in dtypes]
-
-
-def compare_scoring(ours, reference, page, whose, repeats=3):
-    """How many tokens the transcript of a page has; the seconds that both procedures take, of ours,
-    which is over soon, the median of some runs; and how much of all scores differs."""
-    image, words, text = page
-    given = ours.processor.tokenizer(text, add_special_tokens=False).input_ids
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        ids = transcribe(ours, [image]) if whose == "model" else given
-        scores, *_ = score_transcript(ours, [image], [words], ids)
-        taken.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    expected, written = score_step_by_step(reference, ours, image, words,
-                                           given if whose == "truth" else None)
-    step_by_step = time.perf_counter() - start
-    differ = (scores - expected).abs().sum().item() / max(expected.sum().item(), 1e-9)
-    return len(written), statistics.median(taken), step_by_step, differ
-
-
-def scoring_table(results):
-    lines = ["| model | numbers | pages | transcript | tokens a page | score_heads.py, images/s "
-             "| step by step, images/s | ratio | scores differ by |", "|---" * 9 + "|"]
-    for result in results:
-        for row in result["rows"]:
-            lines.append(f"| {result['model']} | {result['dtype']} | {row['pages']} "
-                         f"| {row['transcript']} | {row['tokens']:.0f} "
-                         f"| {row['images_per_second']:.2f} "
-                         f"| {row['step_by_step_images_per_second']:.2f} "
-                         f"| {row['times_faster']:.1f} | {row['differ']:.1%} |")
-    if len({result["dtype"] for result in results}) > 1:
-        lines.append("\nEach procedure in the numbers that suit it best:\n")
-        lines += at_their_best(results)
-    return "\n".join(lines)
-
-
-def at_their_best(results):
-    """A line for each model and kind of pages: the ratio of both speeds, each in its best dtype."""
-    lines = []
-    for model in dict.fromkeys(result["model"] for result in results):
-        of_model = [result["rows"] for result in results if result["model"] == model]
-        for rows in zip(*of_model):
-            fast, slow = (max(row[speed] for row in rows) for speed in
-                          ("images_per_second", "step_by_step_images_per_second"))
-            lines.append(f"* {model}, {rows[0]['pages']}, {rows[0]['transcript']}: "
-                         f"{fast:.2f} / {slow:.2f} = {fast / slow:.1f}")
-    return lines
-
-
-# ---- the command, cold ---------------------------------------------------------------------------
-
-def bench_command(num):
-    """Seconds of wall time of the README's first command, and of the imports of torch and
-    transformers that it cannot do without, in a new process each time: medians."""
+def bench_command(args):
+    """The README's first command, and the imports of torch and transformers that it needs."""
     command = ["sparsemm.py", "--image", "tiny/receipt.png", "--prompt", "What is the Total?"]
-    imports = ("import torch\n"
-               "from transformers import AutoTokenizer, LlavaNextImageProcessorPil, "
+    imports = ("import torch\nfrom transformers import AutoTokenizer, LlavaNextImageProcessorPil, "
                "Qwen2VLImageProcessorPil")
-    runs = dict(seconds=[], imports_alone=[])
-    for _ in tqdm(range(num)):
-        for arguments, taken in zip((command, ["-c", imports]), runs.values()):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
-            taken.append(time.perf_counter() - start)
-    return dict(command=" ".join(command), runs=runs,
-                **{name: statistics.median(taken) for name, taken in runs.items()})
-
-
-def command_table(result):
-    return ("| command | wall time, s | its imports of torch and transformers alone, s |\n"
-            "|---|---|---|\n"
-            f"| {result['command']} | {result['seconds']:.1f} | {result['imports_alone']:.1f} |")
-
-
-def measure(args, dtypes):
-    """The results of a part, and their table."""
-    on_cpu = args.device.type == "cpu"
-    if args.part == "decode":
-        names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:3])
-        results = [bench_decode(name, length, args) for name in names for length in args.lengths]
-        return results, decode_table(results)
-    if args.part == "profile":
-        names = args.geometry or (["small-mha"] if on_cpu else list(GEOMETRIES)[:1])
-        results = [bench_profile(name, length, args) for name in names for length in args.lengths]
-        return results, profile_table(results)
-    if args.part == "attention":
-        torch.set_num_threads(1)
-        with torch.inference_mode():
-            results = [bench_attention(*shape, args.num, args.seed) for shape in SHAPES]
-        return results, attention_table(results)
-    if args.part == "scoring":
-        models = args.geometry or args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
-        results = [result for name in models for result in bench_scoring(
-            name, args.num, args.seed, args.device, dtypes)]
-        return results, scoring_table(results)
-    results = bench_command(args.num)
-    return results, command_table(results)
-
-
-def parse_arguments(argv):
-    parser = OneLineParser(prog="bench.py", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["decode", "profile", "attention", "scoring", "command"])
-    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES,
-                        help="decode: default the 7B ones on CUDA, small-mha on a CPU; scoring: "
-                             "those of LLaVA-NeXT, with random weights, instead of --model")
-    parser.add_argument("--lengths", nargs="+", type=whole_number(WINDOW),
-                        default=[2048, 8192, 16384, 32768],
-                        help="prompt lengths in tokens")
-    parser.add_argument("--budgets", nargs="+", type=whole_number(WINDOW), default=[64, 256, 1024])
-    parser.add_argument("--prefill", action="store_true", help="measure prefill and memory, too")
-    parser.add_argument("--device", type=device_name, default="auto",
-                        help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, else float32; "
-                                                        "scoring: both")
-    parser.add_argument("--model", nargs="+", help="scoring: default the small models in tiny/")
-    parser.add_argument("--num", type=whole_number(1), default=10,
-                        help="pages, runs, or rounds of decoding")
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--out", metavar="FILE",
-                        help="default: work/bench-PART.json beside this file")
-    args = parser.parse_args(argv)
-    if args.part == "scoring" and "qwen2-vl-7b" in (args.geometry or ()):
-        parser.error("argument --geometry: scoring has no qwen2-vl-7b; "
-                     "vicuna-7b, mistral-7b or small-mha is right")
-    return parser, args
+    whole, alone = in_turn([partial(subprocess.run, [sys.executable, *arguments], check=True,
+                                    cwd=DEFAULT_MODEL.parents[1], capture_output=True)
+                            for arguments in (command, ["-c", imports])], args.num)
+    yield {"command": " ".join(command), "wall time, s": whole,
+           "its imports of torch and transformers alone, s": alone}
 
 
 def main(argv=None):
-    parser, args = parse_arguments(argv)
-    dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
-    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")
-    torch.manual_seed(args.seed)
-    try:
+    parts = dict(cpu=bench_cpu, memory=bench_memory, attention=bench_attention,
+                 scoring=bench_scoring, command=bench_command,
+                 decode=lambda args: (row for name in args.geometry for length in args.lengths
+                                      for row in decode_rows(name, length, args, args.dtype[0])))
+    parser = OneLineParser("bench.py", usage=__doc__)
+    add = parser.add_argument
+    add("part", choices=parts)
+    add("--geometry", nargs="+", choices=GEOMETRIES, default=["small-mha"])
+    add("--layers", type=int, help="cut the geometry to so many layers")
+    add("--lengths", nargs="+", type=int, default=[8192, 16384, 32768], help="tokens of prompts")
+    add("--budgets", nargs="+", type=int, default=[256])
+    add("--prefill", action="store_true", help="decode: also prefill, and its peak memory on CUDA")
+    add("--profile", action="store_true", help="decode: also what takes most of a step of sparsemm")
+    add("--model", nargs="+", help="scoring: default the small models in tiny/")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="cpu, scoring: one or more")
+    add("--num", type=int, default=10, help="rounds, or pages")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, metavar="FILE.json")
+
+    def work(args):
+        isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
         if args.out:
-            check_output(args.out, "--out")
-        results, table = measure(args, dtypes)
-    except ValueError as error:
-        parser.error(error)
-    print(table)
-    out = Path(args.out or Path(__file__).parent / "work" / f"bench-{args.part}.json")
-    out.parent.mkdir(exist_ok=True)
-    write_json(dict(command="python experiments/bench.py " + " ".join(argv or sys.argv[1:]),
-                    machine=machine_name(args.device), torch=torch.__version__,
-                    dtype=dtypes if args.part == "scoring" else args.dtype,
-                    transformers=transformers.__version__, seed=args.seed, results=results), out)
-    write_file(out.with_suffix(".md"), table + "\n")
+            check_output(args.out, "--out", ".json")
+        if isa == "AVX2":
+            torch.cpu.get_capabilities = dict           # what oneDNN may not use, we may not see
+        torch.manual_seed(args.seed)
+        rows = list(parts[args.part](args))
+        text = "\n".join(rows_of(rows[0], [[
+            x if isinstance(x, (str, int)) else f"{x:.{3 if x < 1 else 2 if x < 100 else 1}f}"
+            for x in row.values()] for row in rows]))
+        print(text)
+        if args.out:
+            command = ["python", "experiments/bench.py", *(argv or sys.argv[1:])]
+            write_json(dict(
+                command=f"ONEDNN_MAX_CPU_ISA={isa} " * bool(isa) + " ".join(command), results=rows,
+                machine=machine_name(args.device), torch=torch.__version__, dtype=args.dtype,
+                transformers=hf.__version__, seed=args.seed), args.out)
+            write_file(args.out.with_suffix(".md"), text + "\n")
+    parser.run(work, argv)
 
 
 if __name__ == "__main__":

@@ -1,128 +1,99 @@
-"""FastV: image tokens at which the last query hardly looks leave the prefill after a few layers
-(Chen et al. 2024, arXiv 2403.06764).
+"""FastV (Chen et al. 2024, arXiv 2403.06764): image tokens at which the last query hardly looks
+leave the prefill after a few layers.
 
     python experiments/fastv.py --image tiny/receipt.png --prompt "What is the Total?"
-                                [--fastv-layer 2] [--fastv-keep 0.5] [--method sparsemm] ...
 
     image, prompt --> K layers --> the share of the image tokens that is --> the other --> answer
                       on all T     looked at most, and all text: T'          layers
 
-It prunes the prompt, not the heads' caches, so that it goes together with every method: the layers
-behind share out T' entries a head instead of T. What stays keeps its position.
-
-Letters: L layers, H query heads, G KV heads, T prompt tokens, D head size, K layers that see all.
+FastV shortens the prompt, so it works with every method of cache.py. Tokens that stay keep their
+positions. Letters: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head size.
 """
 
 import math
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cache import METHODS, NEEDS_HEAD_SCORES, KVCache, OneLineParser, make_method
-from experiments.arguments import share, whole_number
-from model_llava import load, open_image, prefill_attention, prepare
-from sparsemm import SCORES_FILE, add_model_arguments, clock, find_head_scores, report, write
+from cache import KVCache, Method, allocate_budgets, attention_rows, head_shares, make_plan
+from model_llava import load, open_image, prefill_attention, prepare, rotary_angles
+from sparsemm import (OneLineParser, add_model_arguments, clock, decoding_step, find_head_scores,
+                      greedy_decode)
 
 
-def fastv_survivors(q, k, image, keep):
-    """Of the image tokens the share `keep` at which the last query looks most, on average over the
-    heads, and everything else.
-
-    q: (H, T, D), k: (G, T, D), after RoPE; image: (T,) bool. Returns positions (T',), ascending."""
-    last = q[:, -1].unflatten(0, (len(k), -1)).float() / math.sqrt(q.shape[-1])       # (G, R, D)
-    looked_at = (last @ k.float().transpose(1, 2)).softmax(-1).mean((0, 1))                # (T,)
-    looked_at[~image] = math.inf
-    order = looked_at.argsort(descending=True, stable=True)
-    return order[:fastv_length(image, keep)].sort().values
+def survivors(q, k, image, left):
+    """The `left` positions (T',), ascending, that go on: all text, and the image tokens at which
+    the last query looks most, on average over the heads. q: (H, T, D); k: (G, T, D), after RoPE;
+    image: (T,) bool."""
+    rows = [attention_rows(q_g[:, -1:], k_g) for q_g, k_g in zip(q.chunk(len(k)), k)]   # (R, 1, T)
+    looked_at = torch.cat(rows).mean((0, 1)).masked_fill(~image, math.inf)                  # (T,)
+    return looked_at.argsort(descending=True, stable=True)[:left].sort().values
 
 
-def fastv_length(image, keep):
-    """T' of fastv_survivors."""
-    return int((~image).sum()) + round(keep * int(image.sum()))
+def prefill(model, inputs, cache, layers, left):
+    """The logits (vocabulary,) of the first token, as sparsemm.prefill computes them, except that
+    only `left` survivors go on after so many layers."""
+    x, stay = model.embed(inputs), None                                                # (T, width)
+    cos, sin = (angle.to(x.dtype) for angle in rotary_angles(inputs.positions, model.config))
 
+    def attend(l, q, k, v):                                # (H, T, D), (G, T, D), (G, T, D)
+        nonlocal stay
+        if l == layers - 1:
+            stay = survivors(q, k, inputs.ids == model.config.image_token, left)
+        cache.compress(l, q, k, v)
+        return prefill_attention(q, k, v)
 
-def fastv_prefill(model, inputs, cache, layers, keep):
-    """sparsemm.prefill, but that only the survivors go on after so many layers. Returns the logits
-    (vocabulary,) of the first token."""
-    decoder, image, survivors = model.decoder, inputs.ids == model.config.image_token, []
-
-    def attend(layer, q, k, v):                            # (H, T, D), (G, T, D), (G, T, D)
-        if layer == layers - 1:
-            survivors.append(fastv_survivors(q, k, image, keep))
-        out = prefill_attention(q, k, v)
-        cache.compress(layer, q, k, v)
-        return out
-
-    x = decoder.run_layers(model.embed(inputs), inputs.positions, attend, last=layers)     # (T, E)
-    left = survivors[0]
-    x = decoder.run_layers(x[left], inputs.positions[:, left], attend, first=layers)      # (T', E)
-    return model.logits(decoder.norm(x[-1]))
+    for l, layer in enumerate(model.decoder.layers):
+        if l == layers:
+            x, cos, sin = x[stay], cos[stay], sin[stay]                      # (T, ...) -> (T', ...)
+        x = layer(x, cos, sin, l, attend)
+    return model.logits(model.decoder.norm(x[-1]))
 
 
 @torch.inference_mode()
-def generate(model, images, prompt, layers, keep, method="sparsemm", budget=256, window=32,
-             rho=0.1, redistribute=True, head_scores=None, seed=0, max_new_tokens=256, stream=None):
-    """sparsemm.generate with FastV: after `layers` layers the share `keep` of the image tokens goes
-    on. Raises ValueError for bad arguments."""
-    c = model.config
+def generate(model, images, prompt, layers, keep, method=Method("full"), max_new_tokens=256):
+    """What sparsemm.generate returns (text, token_ids, kept and prefill_seconds of it), with FastV:
+    after `layers` layers only the share `keep` of the image tokens goes on."""
+    c, inputs = model.config, prepare(model, images, prompt)
     if not (0 < layers < c.layers and 0 <= keep <= 1):
-        raise ValueError(f"--fastv-layer {layers}, --fastv-keep {keep}: from 1 to {c.layers - 1} "
-                         "layers, and a share between 0 and 1, are right")
-    inputs = prepare(model, images, prompt)
-    model.check_length(len(inputs.ids), max_new_tokens)
-    lengths = torch.full((c.layers,), len(inputs.ids))
-    lengths[layers:] = fastv_length(inputs.ids == c.image_token, keep)
-    cache = KVCache(make_method(method, c.layers, c.kv_heads, lengths, budget, window, rho,
-                                redistribute, head_scores, seed), window)
-    start = clock(model)
-    logits = fastv_prefill(model, inputs, cache, layers, keep)
-    return dict(write(model, inputs, cache, logits, start, max_new_tokens, stream),
-                method=method, budget=budget)
-
-
-# ---- the command ---------------------------------------------------------------------------------
-
-def argument_parser():
-    parser = OneLineParser(
-        prog="fastv.py", description="Ask about an image, much of which leaves the prefill early.")
-    parser.add_argument("--image", nargs="+", required=True, metavar="PATH",
-                        help="images, in order")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
-    parser.add_argument("--fastv-layer", type=whole_number(1), default=2, metavar="K",
-                        help="how many layers see all image tokens (default 2)")
-    parser.add_argument("--fastv-keep", type=share, default=0.5, metavar="SHARE",
-                        help="which share of them goes on (default 0.5)")
-    parser.add_argument("--method", choices=METHODS, default="sparsemm", metavar="NAME",
-                        help="which entries of what is left to keep: %(choices)s")
-    parser.add_argument("--budget", type=int, default=256, metavar="N",
-                        help="cache entries per KV head, on average (default 256)")
-    parser.add_argument("--window", type=int, default=32, metavar="N")
-    parser.add_argument("--rho", type=float, default=0.1)
-    parser.add_argument("--scores", metavar="FILE",
-                        help=f"visual head scores (default: {SCORES_FILE} in the model's folder)")
-    parser.add_argument("--max-new-tokens", type=whole_number(1), default=256, metavar="N")
-    add_model_arguments(parser)
-    return parser
+        raise ValueError(f"--layer {layers} --keep {keep}: must be 1 to {c.layers - 1}, and 0 to 1")
+    T, n = len(inputs.ids), inputs.image_tokens
+    left = T - n + round(keep * n)                                                             # T'
+    model.check_length(T, max_new_tokens)
+    plan = make_plan(method, c.layers, c.kv_heads, T)
+    if method.name in ("sparsemm", "shuffled", "random") and T > method.budget:
+        lengths = torch.tensor([T] * layers + [left] * (c.layers - layers))     # a head's, at most
+        table = allocate_budgets(head_shares(method, c.layers, c.kv_heads), method.budget, lengths,
+                                 method.window, method.rho, method.redistribute)
+        plan.budgets = lambda layer, a: table[layer]
+    cache, start = KVCache(plan), clock(model)
+    logits = prefill(model, inputs, cache, layers, left)
+    kept, seconds = cache.held(), clock(model) - start
+    tokens = greedy_decode(decoding_step(model, cache), logits, inputs.next_position,
+                           model.processor.end_tokens, max_new_tokens)
+    return dict(text=model.processor.tokenizer.decode(tokens, skip_special_tokens=True),
+                token_ids=tokens, kept=kept, prefill_seconds=seconds)
 
 
 def answer(args):
     """What the command does."""
-    warnings.filterwarnings("ignore")                      # the user's input is not at fault there
-    images = [open_image(path) for path in args.image]
     model = load(args.model, args.device, args.dtype)
-    scores = find_head_scores(model, args.scores) if args.method in NEEDS_HEAD_SCORES else None
-    result = generate(model, images, args.prompt, args.fastv_layer, args.fastv_keep, args.method,
-                      args.budget, args.window, args.rho, head_scores=scores, seed=args.seed,
-                      max_new_tokens=args.max_new_tokens)
-    print(result["text"])
-    print(report(result, model), file=sys.stderr)
+    method = Method(budget=args.budget, head_scores=find_head_scores(model))
+    images = [open_image(args.image)]
+    print(generate(model, images, args.prompt, args.layer, args.keep, method)["text"])
 
 
 def main(argv=None):
-    argument_parser().run(answer, argv)
+    parser = OneLineParser(prog="fastv.py", description="SparseMM after FastV.")
+    for name in ("--image", "--prompt"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--layer", type=int, default=2, help="layers that see all (default 2)")
+    parser.add_argument("--keep", type=float, default=0.5, help="share that goes on (default 0.5)")
+    parser.add_argument("--budget", type=int, default=256)
+    add_model_arguments(parser)
+    parser.run(answer, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The metrics of the paper's seven benchmarks, each a small function of a prediction and the right
-answers.
+"""The metrics of the paper's seven benchmarks: functions of a prediction and the right answers.
 
     anls              DocVQA      similarity of characters, Biten et al. 2019, arXiv 1905.13648
     contains          OCRBench    an answer occurs in the prediction, Liu et al. 2023, 2305.07895
@@ -9,28 +8,30 @@ answers.
     choose, circular  MMBench     right under every rotation, Liu et al. 2023, arXiv 2307.06281
     cider             TextCaps    agreement of n-grams, Vedantam et al. 2015, arXiv 1411.5726
 
-The details are those of the evaluation code that these sets are commonly run with (lmms-eval), save
-where a NOTE says otherwise.
+The details follow lmms-eval, with which these sets are usually run. A NOTE marks each difference.
 """
 
 import math
 import re
-import sys
 from collections import Counter
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.evaluate_tiny import edit_distance
 
 
-# ---- DocVQA --------------------------------------------------------------------------------------
+def edit_distance(a, b):
+    """How many insertions, deletions and substitutions turn text a into text b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
 
 def anls(prediction, answers):
-    """Average normalised Levenshtein similarity, of one question: the best s over the answers, with
-    s = 1 - distance / length of the longer text, in lower case with single spaces; an s below 0.5
-    counts 0.
+    """DocVQA's average normalised Levenshtein similarity, of one question: the best s over the
+    answers, where s = 1 - distance / length of the longer text. Both texts are in lower case with
+    single spaces. An s below 0.5 counts 0.
 
-    NOTE(official): there, lengths are those of the texts before spaces are collapsed.
+    NOTE(official): lmms-eval takes the lengths before it collapses spaces.
     """
     def plain(text):
         return " ".join(text.lower().split())
@@ -39,21 +40,17 @@ def anls(prediction, answers):
     return s if s >= 0.5 else 0.0
 
 
-# ---- OCRBench ------------------------------------------------------------------------------------
-
 def contains(prediction, answers, ignore_spaces=False):
-    """1 if any answer is a part of the prediction, both in lower case; else 0.
+    """OCRBench's score: 1 if any answer is a part of the prediction, both in lower case; else 0.
 
     ignore_spaces: for the formulas of HME100k, whose spaces mean nothing.
-    NOTE(official): there, HME100k is compared with its capitals.
+    NOTE(official): lmms-eval keeps HME100k's capitals.
     """
     def plain(text):
         text = text.lower().strip().replace("\n", " ")
         return text.replace(" ", "") if ignore_spaces else text
     return float(any(plain(answer) in plain(prediction) for answer in answers))
 
-
-# ---- TextVQA and VQAv2 ---------------------------------------------------------------------------
 
 NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}
@@ -72,12 +69,12 @@ CONTRACTIONS = {word[:i] + word[i + 1:]: word
 
 
 def normalise_answer(text):
-    """What two answers have in common if they count as equal on the EvalAI server of the VQA
-    challenge: lower case, punctuation and articles removed, number words as digits, contractions
-    with their apostrophe.
+    """An answer as EvalAI, the server of the VQA challenge, compares it: lower case, punctuation
+    and articles removed, number words as digits, contractions with their apostrophe.
 
-    A punctuation mark becomes a space, unless one of its kind has a space beside it: then all of
-    its kind vanish. Commas and question marks always vanish, and periods unless a digit follows.
+    A punctuation mark becomes a space. If any mark of its kind has a space beside it, all marks of
+    its kind vanish instead. Commas and question marks always vanish, and so do periods unless a
+    digit follows.
     """
     text = re.sub("[,?]", "", text.lower()).replace("'s", " 's")
     text = before = text.replace("\n", " ").replace("\t", " ").strip()
@@ -90,8 +87,8 @@ def normalise_answer(text):
 
 
 def vqa_accuracy(prediction, answers):
-    """Soft accuracy: each of the (ten) people's answers is left out in turn, and the prediction
-    scores min(1, matches among the other nine / 3); the mean of these.
+    """Soft accuracy (TextVQA, VQAv2): the mean of ten scores. Each of the (ten) people's answers is
+    left out in turn, and the prediction scores min(1, matches among the other nine / 3).
 
     NOTE(official): VQAv2's own script normalises nothing where all people gave the same answer.
     """
@@ -99,8 +96,6 @@ def vqa_accuracy(prediction, answers):
     matches = said.count(given)
     return sum(min(1, (matches - (answer == given)) / 3) for answer in said) / len(said)
 
-
-# ---- ChartQA -------------------------------------------------------------------------------------
 
 def as_number(text):
     """"12.5" -> 12.5, "5%" -> 0.05, "many" -> None."""
@@ -111,23 +106,21 @@ def as_number(text):
 
 
 def relaxed_match(prediction, answer):
-    """1 if both are numbers and the prediction p is off the target t by at most 5 %,
-    |p - t| <= 0.05 |t|. If either is not a number, or t is 0: 1 if the texts are the same but for
-    capitals, nothing stripped. Else 0."""
+    """ChartQA's score: 1 if the prediction counts as right, else 0. If both are numbers, prediction
+    p and target t != 0, it is right if |p - t| <= 0.05 |t|. Else it is right if the texts are equal
+    up to capitals; nothing is stripped."""
     p, t = as_number(prediction), as_number(answer)
     if p is not None and t:
         return float(abs(p - t) / abs(t) <= 0.05)
     return float(prediction.lower() == answer.lower())
 
 
-# ---- MMBench -------------------------------------------------------------------------------------
-
 def choose(prediction, options):
-    """The letter that a prediction chooses among options {letter: text}: the only one that stands
-    in it as a word of its own ("B", "(B).", "B:"), else the only option whose text occurs in it,
-    else None. In an answer of more than three words a bare "A" may be an article, and is no letter.
+    """The letter that a prediction chooses among MMBench's options {letter: text}: the only letter
+    that it contains as a word ("B", "(B).", "B:"), else the only option whose text it contains,
+    else None. In a prediction of more than three words a bare "A" is taken for the article.
 
-    NOTE(official): there, what is None here is put to a language model, or to chance.
+    NOTE(official): where this gives None, a language model is asked, or a letter is drawn.
     """
     words = prediction.split()
     if len(words) > 3:
@@ -139,8 +132,8 @@ def choose(prediction, options):
 
 
 def circular(indices, right):
-    """{question: 1 if it is answered right under every rotation of its options, else 0}. Rows whose
-    index agrees modulo a million are one question; right: whether each row is."""
+    """{question: 1 if the answers under all rotations of its options are right, else 0}. Rows whose
+    indices are equal modulo a million are one question. right: for each row 1 or 0."""
     questions = {}
     for index, is_right in zip(indices, right):
         question = index % 1_000_000
@@ -148,11 +141,11 @@ def circular(indices, right):
     return questions
 
 
-# ---- TextCaps ------------------------------------------------------------------------------------
-
 def tokenize(caption):
-    """Words in lower case without punctuation. An approximation of the official tokenizer
-    (Stanford's PTBTokenizer, in Java), which e.g. splits "don't" into "do" and "n't"."""
+    """Words in lower case without punctuation.
+
+    NOTE(official): this approximates Stanford's PTBTokenizer (Java), which splits "don't" into "do"
+    and "n't"."""
     return re.findall(r"\w+(?:[-.,:/]\w+)*|'\w+", caption.lower())
 
 
@@ -163,8 +156,8 @@ def ngram_counts(caption, longest=4):
 
 
 def cider(predictions, references):
-    """CIDEr-D of each image, 10 at best. predictions: a caption for each image; references: for
-    each image a list of captions.
+    """CIDEr-D of each image (TextCaps), 10 at best. predictions: a caption for each image;
+    references: for each image a list of captions.
 
     An n-gram's weight in a caption is tf * (ln N - ln max(1, df)): how often it occurs there, N
     images, df of them with the n-gram in a reference. For each n, a prediction with weights h and a
@@ -172,8 +165,8 @@ def cider(predictions, references):
 
         sum min(h, r) r / (|h| |r|) * exp(-d^2 / 72),   d the difference of their numbers of bigrams
 
-    and the score is 10 times the mean over references and n = 1 ... 4. What is common to all images
-    weighs nothing, so that the score of a single image is 0, and depends on which images are there.
+    and the score is 10 times the mean over references and n = 1 ... 4. N-grams of all images
+    weigh nothing, so that the score of a single image is 0.
     """
     counted = [[ngram_counts(caption) for caption in captions] for captions in references]
     df = Counter(gram for captions in counted

@@ -3,33 +3,32 @@ question.
 
     page = render_page(random.Random(7), "receipt", width=256, height=384)
     page.image                  the picture (PIL, RGB)
-    page.lines                  [[Word(text, box, centers), ...], ...] in reading order
+    page.lines                  [[Word(text, box), ...], ...] in reading order
     page.text                   the transcript: words joined by spaces, lines by newlines
     page.questions              [("Total", "48.20"), ...]: "What is the Total?" -> "48.20"
     page.objects                what is drawn besides text: [Word("red circle", box), ...]
     tasks(page)                 all that can be asked: [("value", "Total", "48.20"), ...]
-    prompt(rng, task, about)    one wording of it: "What is the Total?"
+    prompt("value", "Total")    "What is the Total?"
+    Rendered(KINDS, seed=0, size=(256, 384), num=1000)[0]
+                                (image, [(text, box), ...], transcript) of a page to score heads on
 
 Most values are random strings and numbers, so a model that answers them has read the page.
 
     python experiments/pages.py --kind receipt --seed 7 --out receipt.png
-                                renders one page to look at
 """
 
+import argparse
 import io
 import math
 import random
 import string
-import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 KINDS = ("lines", "form", "receipt", "table", "letter", "label", "sign", "shapes")
-TRAINING_KINDS = ("fields",)      # drawn on the way to the others
 
 KEYS = """Name Date Order Phone City Code Ref Due Paid Qty Room Seat Gate Bill Unit Plan Rate Zone
 Lot Type Mode Size Color Model Serial Account Invoice Customer Amount Balance Ticket Flight Street
@@ -54,23 +53,16 @@ COLORS = {"red": (200, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 210),
           "yellow": (225, 200, 30), "purple": (135, 50, 160), "orange": (235, 130, 30)}
 SHAPES = ("circle", "square", "triangle", "cross")
 
-# What a model is asked about a page. The first wording of each task is the one it is measured with.
-WORDINGS = {
-    "transcript": ("Provide all the OCR results of this image.", "Transcribe the page.",
-                   "What does the page say?", "Read all the text."),
-    "value": ("What is the {}?", "Read the {}.", "{}?", "Please tell me the {}."),
-    "line": ("What does line {} say?", "Read line {}.", "Transcribe line {} of the page."),
-    "shapes": ("Which shapes are on the page?", "Name the shapes.", "What is there besides text?"),
-}
 SHOPS = """Market Store Cafe Bakery Corner Garden Station Harbor Central Royal Green Blue Golden
 Sunny Old New City Express Grand Little""".split()
+WORDINGS = {"transcript": "Provide all the OCR results of this image.", "value": "What is the {}?",
+            "line": "What does line {} say?", "shapes": "Which shapes are on the page?"}
 
 
 @dataclass
 class Word:
     text: str
     box: tuple          # (x0, y0, x1, y1): the word's ink, in pixels of the page
-    centers: tuple = () # (x, y) of each character's middle, halfway up the line's capitals
 
 
 @dataclass
@@ -88,8 +80,8 @@ class Page:
 def tasks(page):
     """All that can be asked about a page: [(task, what it is about, the right answer), ...].
 
-    Only lines of more than three characters are asked for, and only where reading order leaves no
-    doubt which line is which, that is, not on a page with shapes.
+    Lines of at most three characters are not asked for, and no line of a page with shapes, where
+    reading order leaves a doubt which line is which.
     """
     found = [("transcript", "", page.text)]
     found += [("value", key, value) for key, value in page.questions]
@@ -101,16 +93,12 @@ def tasks(page):
     return found
 
 
-def prompt(rng, task, about):
-    """One wording of a task, drawn at random; the first one if rng is None."""
-    wordings = WORDINGS[task]
-    return (rng.choice(wordings) if rng else wordings[0]).format(about)
+def prompt(task, about=""):
+    """What a model is asked for a task."""
+    return WORDINGS[task].format(about)
 
 
-@lru_cache(maxsize=None)
-def load_font(size, file=None):
-    """A font at `size` pixels: Pillow's built-in one, or that of a TrueType file."""
-    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+load_font = lru_cache(ImageFont.load_default)           # Pillow's own font, by its size in pixels
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -220,28 +208,6 @@ def table_rows(rng, count):
     return rows, questions
 
 
-def fields_rows(rng, count):
-    """Rows of a form whose keys stand above their values, some side by side, or now and then before
-    them. The keys are those of tables, too: here the column alone says which value is meant."""
-    keys = list(dict.fromkeys(COLUMNS + KEYS[:20]))
-    rng.shuffle(keys)
-
-    def value():
-        return random_price(rng) if rng.random() < 0.5 else random_short(rng)
-
-    if count < 2 or rng.random() < 0.2:
-        questions = [(key, value()) for key in keys[:count]]
-        return [[(key + ":", "left"), (text, "column")] for key, text in questions], questions
-    rows, questions = [], []
-    while len(rows) + 2 <= count and len(keys) >= 4:
-        starts = rng.choice([["left", 0.5], ["left", 0.36, 0.68], ["left", 0.36, 0.68],
-                             ["left", 0.30, 0.54, 0.78]])
-        side_by_side = [(keys.pop(), value()) for _ in starts]
-        rows += [list(zip(texts, starts)) for texts in zip(*side_by_side)]
-        questions += side_by_side
-    return rows, questions
-
-
 def letter_rows(rng, count):
     """Rows of a letter: the address, lines of common words and some that cannot be guessed, and the
     sender's name."""
@@ -268,8 +234,7 @@ def sign_rows(rng, count):
 
 
 ROWS = {"lines": text_rows, "form": form_rows, "receipt": receipt_rows, "table": table_rows,
-        "letter": letter_rows, "label": label_rows, "sign": sign_rows, "shapes": text_rows,
-        "fields": fields_rows}
+        "letter": letter_rows, "label": label_rows, "sign": sign_rows, "shapes": text_rows}
 
 
 # ---- how it is drawn -----------------------------------------------------------------------------
@@ -283,9 +248,9 @@ def random_colors(rng):
     return (tuple(dark), tuple(light)) if rng.random() < 0.125 else (tuple(light), tuple(dark))
 
 
-def background_pixels(rng, width, height, color, uneven):
-    """(H, W, 3) float32: an even ground, or one whose colour drifts by up to `uneven` as paper's
-    does in bad light, or a photograph's blurred background."""
+def draw_ground(rng, width, height, color, uneven):
+    """A picture of the ground: even, or of a colour that drifts by up to `uneven`, as paper's does
+    in bad light."""
     drift = np.zeros((2, 2, 3)) if uneven == 0 else np.random.default_rng(
         rng.getrandbits(32)).uniform(-uneven, uneven, (rng.randint(2, 5), rng.randint(2, 5), 3))
     ground = Image.fromarray((np.asarray(color) + drift).clip(0, 255).astype(np.uint8))
@@ -314,13 +279,13 @@ def draw_shapes(rng, draw, width, top, bottom):
             third = radius / 3
             draw.rectangle((x - third, box[1], x + third, box[3]), fill=color)
             draw.rectangle((box[0], y - third, box[2], y + third), fill=color)
-        objects.append(Word(f"{name} {shape}", box, ((x, y),)))
+        objects.append(Word(f"{name} {shape}", box))
     return objects
 
 
 def rotate(page, degrees, color):
-    """Turns a page about its middle, its boxes and centers with it; a box becomes the smallest
-    upright one around the turned one."""
+    """Turns a page about its middle, and its boxes with it: a box becomes the smallest upright one
+    around the turned one."""
     width, height = page.image.size
     page.image = page.image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=color)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -333,26 +298,25 @@ def rotate(page, degrees, color):
         x0, y0, x1, y1 = word.box
         xs, ys = zip(*(turn(x, y) for x in (x0, x1) for y in (y0, y1)))
         word.box = (min(xs), min(ys), max(xs), max(ys))
-        word.centers = tuple(turn(x, y) for x, y in word.centers)
 
 
-def render_page(rng, kind, width, height, sizes=(13, 16), noise=0.03, wear=0.0, fonts=(None,)):
+def render_page(rng, kind, width, height, sizes=(13, 16), noise=0.03, wear=0.0):
     """Renders one page.
 
-    rng: random.Random, the only source of chance; kind: one of KINDS or TRAINING_KINDS; width,
-    height: pixels; sizes: smallest and largest font size in pixels (a sign's is up to twice as
-    large); noise: largest standard deviation of the Gaussian noise, as a share of the range from
-    black to white; wear: probability of each of three defects, an uneven background, a rotation by
-    up to 1.5 degrees, and JPEG artefacts; fonts: TrueType files to choose from, None for the
-    built-in font. Rows that do not fit are left out, and so are their questions.
+    rng: random.Random, the only source of chance; kind: one of KINDS; width, height: pixels; sizes:
+    smallest and largest font size in pixels (a sign's is up to twice as large); noise: largest
+    standard deviation of the Gaussian noise, as a share of the range from black to white; wear:
+    probability of each of three defects, an uneven background, a rotation by up to 1.5 degrees, and
+    JPEG artefacts. Rows that do not fit are left out, and so are their questions.
     """
     background, ink = random_colors(rng)
     uneven = rng.randint(8, 30) if rng.random() < wear else 0
-    image = background_pixels(rng, width, height, background, uneven)
+    image = draw_ground(rng, width, height, background, uneven)
     draw = ImageDraw.Draw(image)
     size = rng.randint(sizes[1], max(sizes[1], min(2 * sizes[1], height // 3))) if kind == "sign" \
         else rng.randint(*sizes)
-    font, pitch = load_font(size, rng.choice(fonts)), size + rng.randint(2, 8)
+    rng.randrange(1)                # moves the generator: every seed must keep its page
+    font, pitch = load_font(size), size + rng.randint(2, 8)
     text_height = max(pitch, round(height * rng.uniform(0.3, 0.6))) if kind == "shapes" else height
     rows_that_fit = max(1, (text_height - 2) // pitch)
     count = rng.randint(max(1, rows_that_fit // 2), rows_that_fit)
@@ -431,30 +395,48 @@ def draw_row(draw, row, font, y, margin, column, width, ink, space, may_break):
 
 def draw_word(draw, word, x, y, font, ink):
     draw.text((x, y), word, font=font, fill=ink)
-    edges = [font.getlength(word[:i]) for i in range(len(word) + 1)]
-    return Word(word, tuple(draw.textbbox((x, y), word, font=font)),
-                tuple((x + (a + b) / 2, y + 0.62 * font.size) for a, b in zip(edges, edges[1:])))
+    return Word(word, tuple(draw.textbbox((x, y), word, font=font)))
+
+
+# ---- many pages, and the command -----------------------------------------------------------------
+
+@dataclass
+class Rendered:
+    """Pages to score heads on, after the idea of SynthDoG (arXiv 2111.15664): text of several sizes
+    and colours, on even grounds and others. Page i is the same on every machine."""
+    kinds: tuple
+    seed: int
+    size: tuple                 # (width, height) in pixels
+    num: int
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, i):
+        """(PIL image, [(text, box), ...], transcript) of page i."""
+        rng = random.Random(f"score heads {self.seed} {i}")
+        kind, largest = self.kinds[i % len(self.kinds)], max(16, self.size[1] // 24)
+        page = render_page(rng, kind, *self.size, sizes=(13, largest), wear=0.3)
+        words = [(word.text, word.box) for line in page.lines for word in line]
+        return page.image, words, page.text
 
 
 def main(argv=None):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from cache import OneLineParser
-    from experiments.arguments import png_file, share, whole_number
-    parser = OneLineParser(prog="pages.py", description="Render one page.")
-    parser.add_argument("--kind", choices=KINDS + TRAINING_KINDS, default="receipt")
-    parser.add_argument("--width", type=whole_number(32), default=256)
-    parser.add_argument("--height", type=whole_number(32), default=384)
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--out", type=png_file, required=True, metavar="PNG")
-    parser.add_argument("--wear", type=share, default=0.0,
-                        help="probability of an uneven background, a rotation, JPEG artefacts")
+    parser = argparse.ArgumentParser(description="Render one page; print its text and questions.")
+    parser.add_argument("--kind", choices=KINDS, default="receipt")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--height", type=int, default=384)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, metavar="PNG")
     args = parser.parse_args(argv)
-    page = render_page(random.Random(args.seed), args.kind, args.width, args.height,
-                       wear=args.wear)
-    page.image.save(args.out)
+    try:
+        page = render_page(random.Random(args.seed), args.kind, args.width, args.height)
+        page.image.save(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(page.text)
     for task, about, answer in tasks(page)[1:]:
-        print(f"{prompt(None, task, about)} {answer}")
+        print(prompt(task, about), answer)
 
 
 if __name__ == "__main__":
