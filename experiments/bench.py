@@ -110,7 +110,7 @@ def filled_cache(model, method, length):
 def in_turn(works, rounds, now=time.perf_counter, warm_up=1):
     """The median seconds of each of some functions, called in turn, round by round."""
     taken = [[] for _ in works]
-    for _ in tqdm(range(rounds + warm_up)):
+    for _ in tqdm(range(rounds + warm_up), disable=None):
         for work, seconds in zip(works, taken):
             start = now()
             work()
@@ -398,7 +398,7 @@ def main(argv=None):
     add("--prefill", action="store_true", help="decode: also prefill, and its peak memory on CUDA")
     add("--profile", action="store_true", help="decode: also what takes most of a step of sparsemm")
     add("--model", nargs="+", help="scoring: default the small models in tiny/")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--device", default="cpu", choices=["cpu", "cuda"][:1 + torch.cuda.is_available()])
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="cpu, scoring: one or more")
     add("--num", type=int, default=10, help="rounds, or pages")
     add("--seed", type=int, default=0)

@@ -4,7 +4,7 @@
 #     bash experiments/on_gpu.sh OUT [rehearse]
 set -u
 cd "$(dirname "$0")/.."
-out=${1:?a folder for the results is needed} geometries=(vicuna-7b mistral-7b qwen2-vl-7b) pages=10
+out=${1:?a folder for the results is needed} geometries=(vicuna-7b mistral-7b qwen2-vl-7b) pages=2
 on=(--device cuda --dtype bfloat16) sizes=(--lengths 8192 16384 32768)
 [ "${2-}" = rehearse ] && geometries=(small-mha) pages=1 on=() sizes=(--lengths 512 --num 1)
 mkdir -p "$out"
@@ -14,7 +14,7 @@ part() {                                                # part SECONDS NAME ARGU
 }
 part 100 tests -m pytest -q test_sparsemm.py -k "cuda or packed or evicted or precision"
 for name in "${geometries[@]}"; do
-    part 125 "decode-$name" experiments/bench.py decode --geometry "$name" "${sizes[@]}" \
+    part 120 "decode-$name" experiments/bench.py decode --geometry "$name" "${sizes[@]}" \
         "${on[@]}" --prefill --profile --out "$out/decode-$name.json"
 done
-part 60 scoring experiments/bench.py scoring --num $pages "${on[@]}" --out "$out/scoring.json"
+part 80 scoring experiments/bench.py scoring --num $pages "${on[@]}" --out "$out/scoring.json"
