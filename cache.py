@@ -15,7 +15,7 @@ chooses which entries a head keeps.
         [ head 0: selected, window, generated | room ][ head 1: selected, window, generated | room ]
 
 Letters: L layers, H query heads, G KV heads, R = H/G query heads of one KV head, T prompt length,
-D head size, w window, N = L*G heads with a cache, b budget per KV head, B = N*b total budget. Head
+D head size, w window, N = L*G KV heads in all, b budget per KV head, B = N*b total budget. Head
 scores (L, H) say how much a head looks at the image; position scores (G, T-w) say how much the end
 of the prompt looks at an earlier position. `python cache.py` draws the three parts for some heads.
 """
@@ -96,7 +96,7 @@ def pour_surplus(b, caps, s):
 
 def round_to_total(b, total):
     """Largest-remainder rounding: float64 budgets -> int64 budgets whose sum is exactly `total`. Of
-    equal remainders (to 1e-9, so that float noise decides nothing) the first ones win."""
+    equal remainders (to 1e-9: no float noise) the earlier head gets the extra entry."""
     b = b.round(decimals=9)
     whole = b.floor()
     remainders = (b - whole).round(decimals=9).flatten()
@@ -119,8 +119,8 @@ def attention_rows(q, k):
     """softmax(Q K^T / sqrt(D)): the attention rows of the last n of T positions, for the R query
     heads of one KV head. q: (R, n, D); k: (T, D), both after RoPE. Returns (R, n, T) float32.
 
-    Logits are float32 in every dtype: in bfloat16 a logit of 1,000, which key biases make usual in
-    Qwen2-VL, would be off by up to 4.
+    Logits are float32 in every dtype: Qwen2-VL's key biases make logits near 1,000, where numbers
+    in bfloat16 are 4 apart.
     """
     (R, n, D), T = q.shape, len(k)
     logits = q.float() / math.sqrt(D) @ k.float().T                                      # (R, n, T)
@@ -139,7 +139,7 @@ def observed_attention(q, k, window=32, kernel=5):
                `kernel` neighbouring positions (zeros beyond both ends count)
 
     q: (H, T, D), or only its last w rows; k: (G, T, D), both after RoPE. Returns (G, T-w) float32,
-    in O(T*w). NOTE(official): there these are half precision, and chance decides among many ties.
+    in O(T*w). NOTE(official): half precision there, in which many scores tie and chance decides.
     """
     (G, T, _), R = k.shape, len(q) // len(k)
     w = min(window, T)
@@ -172,8 +172,8 @@ class KVCache:
     full keys and values exist at a time. Decoding appends one entry to every head and evicts
     nothing.
 
-    NOTE(paper): keys are kept as RoPE turned them and positions are never renumbered, so that a
-    query sees every entry at the distance at which the model was trained to see it.
+    NOTE(paper): keys are cached after RoPE, and positions are never renumbered (the paper does not
+    say): every distance from a query to a key stays that of the full prompt.
     """
 
     def __init__(self, plan):
@@ -192,7 +192,7 @@ class KVCache:
         keep = select_entries(a, self.plan.budgets(layer, a), T)                           # (G, T)
         self.kept.append(keep.sum(1).tolist())
         heads, rows = F.pad(keep, (0, self.room), value=True).nonzero(as_tuple=True)
-        rows = rows.clamp(max=T - 1)                         # any finite numbers fill the room
+        rows = rows.clamp(max=T - 1)                 # free rows hold a copy, which nothing reads
         self.keys.append(k[heads, rows])
         self.values.append(v[heads, rows])
 
@@ -208,8 +208,8 @@ class KVCache:
         return [sum(sizes[:g]) for g in range(len(sizes))]
 
     def reserve(self):
-        """Before each decoding step: places for one more entry in every head, which `append` fills.
-        Returns whether the tensors had to move."""
+        """Makes room for one more entry in every head, before each decoding step; `append` writes
+        the entries. Returns whether the tensors had to move."""
         moved = self.appended == self.room
         if moved:
             self.grow(self.room)
@@ -251,8 +251,8 @@ class KVCache:
 
 
 def decode_attention(q, heads):
-    """What one new token reads from the cache. q: (H, 1, D); heads: for each KV head its keys and
-    values, (n, D) each. Returns (H, 1, D)."""
+    """The attention of one new token: each query head attends to what its KV head holds. q: (H, 1,
+    D); heads: for each KV head its keys and values, (n, D) each. Returns (H, 1, D)."""
     out = []
     for q_g, (K, V) in zip(q.unflatten(0, (len(heads), -1)), heads):                     # (R, 1, D)
         p = attention_rows(q_g, K)                                                       # (R, 1, n)
@@ -284,7 +284,7 @@ class Method:
 
 @dataclass
 class Plan:
-    """What a method comes to for one prompt."""
+    """A method's budgets and selection for one prompt."""
     budgets: Callable           # (layer, position scores (G, T-w)) -> (G,) entries, window included
     position_scores: Callable   # (q (H, T, D), k (G, T, D), window) -> (G, T-w) to select by
     window: int
@@ -292,7 +292,7 @@ class Plan:
 
 def make_plan(method, L, G, T):
     """The Plan of a Method for a prompt of T tokens, L layers and G KV heads. All methods but full
-    spend the same total, L*G*budget, and all keep a prompt whole that fits the budget. A method of
+    spend the same total, L*G*budget. If the prompt fits the budget, all keep it whole. A method of
     your own is one more branch here, and a name in METHODS."""
     m, w = method, method.window
     if m.name == "full" or T <= m.budget:
@@ -313,7 +313,7 @@ def make_plan(method, L, G, T):
 def head_shares(method, L, G):
     """The scores (L, G) float64 in proportion to which the budget is shared out: the visual scores
     (sparsemm), or a control's, drawn once with the seed. `random` draws other numbers. `shuffled`
-    deals the visual scores to other heads, so that they stay as concentrated. NOTE(paper):
+    permutes the visual scores over the heads, which keeps their distribution. NOTE(paper):
     `shuffled` is ours. NOTE(official): `random` is drawn anew in every layer there."""
     generator = torch.Generator().manual_seed(method.seed)
     if method.name == "random":
@@ -326,8 +326,8 @@ def head_shares(method, L, G):
 
 def pyramid_budgets(L, budget, length, window):
     """PyramidKV's budgets (arXiv 2406.02069): beyond the window, linear in the layer from n_max
-    down to n_min = n // 20 with mean n = budget - window. n_max is clipped at the prompt's length,
-    and n_min raised as much. Returns (L,) int64 with sum L*budget. NOTE(official): there the first
+    down to n_min = n // 20 with mean n = budget - window. n_max is at most T - window; then n_min
+    is raised as much. Returns (L,) int64 with sum L*budget. NOTE(official): there the first
     prompt's capacities serve all later prompts, and integer steps overspend by up to 11 %."""
     n = budget - window
     n_max = min(2 * n - n // 20, length - window)
@@ -337,9 +337,9 @@ def pyramid_budgets(L, budget, length, window):
 
 def adakv_budgets(position_scores, budget, window, uniform=0.2):
     """AdaKV's budgets (arXiv 2407.11550) within one layer, (G,) int64 with sum G*budget: all heads'
-    entries are ranked together by position_scores (G, T-w), weighted by the share of a head's mass
-    that its best n = budget - window hold. A head gets as many entries as it has among the best
-    G*n, mixed with a uniform share."""
+    entries are ranked together. First, the position_scores (G, T-w) of each head are multiplied by
+    the share of its attention that its best n = budget - window positions receive. A head gets as
+    many entries as it has among the best G*n, mixed with a uniform share."""
     a, (G, positions) = position_scores, position_scores.shape
     n = min(budget - window, positions)
     held = a.topk(n, dim=1).values.sum(1) / a.sum(1).clamp(min=1e-30)
@@ -361,8 +361,7 @@ def recency(q, k, window=32, first=0):
 
 @contextmanager
 def reading(what):
-    """Turns whatever goes wrong inside into one ValueError that begins with `what` is being read,
-    but for too little memory."""
+    """Raises any error inside again as ValueError("{what}: {reason}"), except out of memory."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -377,14 +376,14 @@ def read_head_scores(path, L=None, H=None):
     """Visual scores (L, H) float64 from a file in the authors' format, {"layer-head": [numbers]}:
     the mean of each query head's list, divided by the sum over all heads. L, H: the model's layers
     and heads; None: as many as the file names. Raises ValueError that names the file."""
-    with reading(f"--scores {path}"):
+    with reading(f'--scores {path}: must be {{"layer-head": [numbers]}}'):
         table = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = {tuple(map(int, key.split("-"))): numbers for key, numbers in table.items()}
         if L is None:
             L, H = (1 + max(numbers) for numbers in zip(*lists))
         heads = [(l, h) for l in range(L) for h in range(H)]
         if sorted(lists) != heads:
-            raise ValueError(f'must hold "layer-head": [numbers] for {L} layers x {H} heads')
+            raise ValueError(f"must have {L} layers x {H} heads")
         means = [sum(lists[head]) / len(lists[head]) for head in heads]
         s = torch.tensor(means, dtype=torch.float64)
         if not s.isfinite().all() or min(map(min, lists.values())) < 0 or s.sum() == 0:
@@ -394,7 +393,7 @@ def read_head_scores(path, L=None, H=None):
 
 def draw_budgets(s, budget, length, window, rho, rows=5, columns=60):
     """Text: the three parts of the budget of the best, some middle and the worst heads of s (L, G),
-    drawn to scale. A part that is there has one mark at least."""
+    drawn to scale. A non-empty part gets at least one mark."""
     kept = allocate_budgets(s, budget, length, window, rho)
     (L, G), N = kept.shape, kept.numel()
     lines = [f"{L} layers x {G} KV heads, a prompt of {length} tokens, budget {budget} per head: "
@@ -434,10 +433,10 @@ def main(argv=None):
             config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         G = args.kv_heads or config.get("text_config", config).get("num_key_value_heads", H)
         if G < 1 or H % G or args.length < 1:
-            raise ValueError(f"--kv-heads {G} must divide {H}, --length {args.length} be positive")
+            raise ValueError(f"--kv-heads {G}: must divide {H}; --length: must be at least 1")
         s = kv_head_scores(head_scores, G)
         print(draw_budgets(s, args.budget, args.length, args.window, args.rho), flush=True)
-    except (ValueError, OSError) as error:
+    except Exception as error:                                            # no traceback for a user
         parser.error(error)
 
 

@@ -67,8 +67,8 @@ class Config:
     mrope_section: tuple            # how many of the D/2 frequencies turn with time, row, column
     qkv_bias: bool
     tied: bool                      # the output embedding is the input embedding
-    max_tokens: int                 # longer prompts would need sliding attention: not built here
-    trained_tokens: int             # longer prompts are beyond the model's training
+    max_tokens: int                 # longer prompts would need sliding attention, not built here
+    trained_tokens: int             # the model was trained on prompts up to here
     image_token: int                # the id that marks the place of an image
     dtype: torch.dtype              # of the checkpoint
     vision: object                  # transformers' config of the vision tower
@@ -83,7 +83,8 @@ def read_config(folder):
         raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         family = raw.get("model_type")
         if family not in MODELS or raw.get("quantization_config"):
-            raise ValueError(f"model_type {family}: must be {' or '.join(MODELS)}, not quantized")
+            family = f"quantized {family}" if raw.get("quantization_config") else family
+            raise ValueError(f"is of a {family}: must be {' or '.join(MODELS)}, not quantized")
         return convert_config(CONFIG_MAPPING[family].from_dict(raw), family)
 
 
@@ -107,7 +108,7 @@ def convert_config(c, family):
             ("projector_hidden_act", c.projector_hidden_act, ("gelu",)),
             ("vision_feature_select_strategy", c.vision_feature_select_strategy, ("default",)),
             ("vision_feature_layer", c.vision_feature_layer, range(-depth - 1, depth + 1)),
-            ("image_grid_pinpoints, rest by image_size",
+            ("remainder of image_grid_pinpoints by image_size",
              max(side % vision.image_size for side in sides), (0,))]
     for what, value, possible in needed:
         if value not in possible:
@@ -124,9 +125,9 @@ def convert_config(c, family):
 # ---- the decoder ---------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """x W^T + b, with two detours on a CPU. MKL leaves a float32 product of one row, as in decoding
-    it is, to one core of an AMD CPU: so it is given as PARTS smaller products. And without units
-    for half precision, many rows are multiplied faster in float32."""
+    """x W^T + b, with two detours on a CPU. Decoding multiplies one row, which in float32 MKL does
+    on one core of an AMD CPU, so we split the product into PARTS. If the CPU has no units for half
+    precision, we multiply many rows in float32, which is faster there."""
 
     def forward(self, x):                                                    # (..., n) -> (..., m)
         W, b, rows = self.weight, self.bias, x.numel() // x.shape[-1]
@@ -142,7 +143,7 @@ class Linear(nn.Linear):
 
 @lru_cache
 def has_units(dtype):
-    """Whether the CPU multiplies matrices of a half-precision dtype by itself."""
+    """Whether the CPU has matrix instructions for a half-precision dtype."""
     kind, found = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], getattr(
         torch.cpu, "get_capabilities", dict)()
     return found.get(f"amx_{kind}", False) or found.get(f"avx512_{kind}", False)
@@ -169,7 +170,7 @@ def rotary_frequencies(theta, D, sections, device):
 
 
 def both_halves(angles):
-    """angles (T, D/2) -> cos, sin (T, D) for `rotate`; its minus sign is in the sine."""
+    """angles (T, D/2) -> cos, sin (T, D); sin already carries the minus sign of `rotate`."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
@@ -352,7 +353,7 @@ class VisionLanguageModel(nn.Module):
 
 @lru_cache
 def note(text):
-    """Says once, on stderr, what is no error but may not be what the user meant."""
+    """Prints a remark to stderr, once."""
     print(f"note: {' '.join(text.split())}", file=sys.stderr)
 
 
@@ -421,7 +422,7 @@ class CLIP(nn.Module):
 
 
 def fitted_size(size, best):
-    """The (height, width) to which an image is resized to fit into `best` in its own shape."""
+    """The (height, width) to which an image is resized to fit into `best`, in its aspect ratio."""
     down, across = best[0] / size[0], best[1] / size[1]
     if across < down:
         return min(math.ceil(size[0] * across), best[0]), best[1]
@@ -429,8 +430,7 @@ def fitted_size(size, best):
 
 
 def unpadded(rows, columns, size):
-    """The rows and the columns (two slices) of a grid of features that show an image of the given
-    size, and not the padding around it."""
+    """Two slices, rows and columns: the part of a grid that shows the image, not the padding."""
     height, width = size
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
@@ -458,10 +458,10 @@ class LlavaNext(VisionLanguageModel):
         return best, best[0] // self.S, best[1] // self.S
 
     def image_layout(self, size, processed):
-        """ImageTokens of an image of the given size. The image processor resizes the image in its
-        own shape, puts it in the middle of its best resolution, and cuts that into tiles. We undo
-        this to learn what a cell of the grid shows. Example: tiles of S = 336 pixels, cells of 14,
-        an image of 1,344 x 896 pixels (width x height), whose best resolution is 672 x 672:
+        """ImageTokens of an image of the given size. The image processor resizes the image, keeping
+        its aspect ratio, centres it in its best resolution, and cuts that into tiles. We undo this
+        to learn what a cell of the grid shows. Example: tiles of S = 336 pixels, cells of 14, an
+        image of 1,344 x 896 pixels (width x height), whose best resolution is 672 x 672:
 
              0                   672     scale    1344 / 672 = 2 original pixels a pixel
            0 .-------------------.       resized  to 672 x 448
@@ -539,8 +539,8 @@ class QwenVision(nn.Module):
     def forward(self, patches, rows, columns):
         """patches: (P, 3 * 2 * p * p) of an image of rows x columns tokens, repeated for the two
         frames that a patch spans -> (rows * columns, E)."""
-        x = patches @ self.patch_embed.proj.weight.flatten(1).T   # (P, V): where its stride is its
-                                                                  # size, a convolution is a product
+        x = patches @ self.patch_embed.proj.weight.flatten(1).T   # (P, V): with kernel = stride a
+                                                                  # convolution is one product
         cos, sin = self.rotary_angles(rows, columns, x.device)
         for block in self.blocks:
             x = block(x, cos, sin)
@@ -564,7 +564,7 @@ class Qwen2VL(VisionLanguageModel):
 
     def image_layout(self, size, processed):
         """ImageTokens of an image of the given size. The image processor resizes the image to a
-        whole number of tokens on either axis, so that a token may show a rectangle."""
+        whole number of tokens on either axis, so that a token's box need not be square."""
         merge = self.config.vision.spatial_merge_size
         rows, columns = (processed["image_grid_thw"][0, 1:] // merge).tolist()
         boxes = cell_boxes(rows, columns, [size[0] / rows, size[1] / columns], size).flatten(0, 1)
@@ -575,9 +575,9 @@ class Qwen2VL(VisionLanguageModel):
         return self.visual(patches, *image.grid)
 
     def image_positions(self, image):
-        """Positions (3, n) of an image's tokens, from 0, and how many positions they take: time
-        stands still, rows and columns count. An image takes as many positions as its longer side
-        has tokens, so that the text after it shares none of them."""
+        """Positions (3, n) of an image's tokens, from 0, and how many positions they take: the
+        time axis is constant, the others are row and column. An image takes as many positions as
+        its longer side has tokens, so that the text after it shares none of them."""
         rows, columns = image.grid
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         return torch.stack([torch.zeros_like(y), y, x]).flatten(1), max(rows, columns)
@@ -588,7 +588,7 @@ class Qwen2VL(VisionLanguageModel):
 MODELS = {"llava_next": LlavaNext, "qwen2_vl": Qwen2VL}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Checkpoints spell tensors as on the hub, as transformers 5 saves them, or as it holds them. These
+# Tensors have three spellings: on the hub, as transformers 5 saves them, and in its memory. These
 # replacements, in this order, give our names.
 NAMES = ((r"^(model\.|language_model\.)+", ""),
          (r"^(?=embed_tokens|layers|norm)", "decoder."),
@@ -725,8 +725,7 @@ class Processor:
                 raise ValueError("is missing; must be in chat_template.jinja")
 
     def render(self, num_images, turns):
-        """The chat template's text of a question, answer, question, ..., up to where the next
-        answer begins. The images come first in the first turn."""
+        """The chat template's text of [question, answer, question, ...], up to the next answer."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": t}]}
                     for i, t in enumerate(turns)]
         messages[0]["content"] = [{"type": "image"}] * num_images + messages[0]["content"]
@@ -735,8 +734,7 @@ class Processor:
 
     def token_ids(self, num_images, text):
         """Token ids (a list) of one user turn, up to where the answer begins, with one placeholder
-        for each image. Raises ValueError if the text is empty or holds a placeholder itself. Notes
-        characters that the tokenizer does not know."""
+        for each image. Raises ValueError if the text is empty or holds a placeholder."""
         if not text.strip():
             raise ValueError(f"--prompt {text!r}: is empty, must be a question")
         tokenizer, text_only = self.tokenizer, partial(self.tokenizer, add_special_tokens=False)
@@ -758,7 +756,7 @@ class Processor:
         rendered, asked = self.render(num_images, turns), self.render(num_images, turns[:-2])
         answer = rendered.find(turns[-2], len(asked))
         if answer < 0 or not rendered.startswith(asked):
-            raise ValueError("--prompt: must be one; the chat template ends after an answer")
+            raise ValueError("--prompt: must be one question; the template ends after its answer")
         before = self.tokenizer(rendered[:answer + len(turns[-2])]).input_ids
         return self.tokenizer(rendered).input_ids[len(before):]
 

@@ -14,8 +14,8 @@ page's transcript we know its word and the word's box, hence the set I of image 
 
 A head scores a hit if the arg-max of its attention row, over all keys, falls in I. The row is that
 of the query that emits y_i. It stands at y_{i-1}: y_i is not yet written, so that looking at its
-word helps to write it. A hit adds 1/|I|: an arg-max that falls anywhere by chance hits in
-proportion to |I|, so that large and small words count alike. With teacher forcing, one forward pass
+word helps to write it. A hit adds 1/|I|: a random arg-max hits a word with probability in
+proportion to |I|, which the factor 1/|I| cancels. With teacher forcing, one forward pass
 over prompt and transcript has every row that is needed. The transcript is the model's own, or with
 --transcript truth the page's text.
 
@@ -23,7 +23,7 @@ NOTE(paper): its figure can be read as the row of y_i's own query; the authors' 
 NOTE(official): there, every token of the transcript takes a forward pass of its own.
 NOTE(official): there, box edges are divided by an integer tile size; our rectangles are exact.
 NOTE(official): there, a token counts only if its text occurs in one box alone. We align transcript
-and boxes, so that repeated words count, and a faulty transcript counts where it is right.
+and boxes, so that repeated words and the correct parts of a faulty transcript count.
 
 Letters: L layers, H query heads, G KV heads, R = H/G, T tokens, D head size, P prompt tokens, n
 tokens of the transcript.
@@ -49,7 +49,7 @@ from sparsemm import (SCORES_FILE, OneLineParser, about_file, add_model_argument
                       generate, out_of_memory, write_json)
 
 OCR_PROMPT = "Provide all the OCR results of this image."
-LIMIT = 1024                    # a model writes at most so many tokens
+LIMIT = 1024                    # most tokens of a transcript
 
 
 # ---- one page ------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def score_transcript(model, image, words, ids, question=OCR_PROMPT):
     model.check_length(len(prompt.ids), len(ids))
     peaks = attention_peaks(model, prompt, ids)                                          # (L, H, n)
     shown = torch.zeros(len(words), len(prompt.ids) + len(ids), dtype=torch.bool)
-    for j, (_, box) in enumerate(words):                           # is word j shown by position t?
+    for j, (_, box) in enumerate(words):                     # shown[j, t]: position t shows word j
         shown[j, tokens_in_box(prompt.images[0], box) + prompt.starts[0]] = True
     piece = {i: tokenizer.decode([i], skip_special_tokens=True) for i in set(ids)}
     owners = align_tokens([piece[i] for i in ids], [text for text, _ in words])
@@ -134,7 +134,7 @@ class Annotated(list):
     detection sets fit in, with a class name for the chunk. Images lie beside the file."""
 
     def __init__(self, path, num):
-        with reading(f"--data {path}"):
+        with reading(f"--data {path}: must be a JSON list of pages"):
             super().__init__(json.loads(Path(path).read_text(encoding="utf-8"))[:max(0, num)])
         self.folder = Path(path).parent
 
@@ -180,8 +180,8 @@ def write_scores(per_page, path):
 
 class Journal:
     """What a long run has done: a file of JSON lines beside its result, first the settings, then a
-    line for each piece of work. The same command goes on after a kill at any time. Each process of
-    a run writes a file of its own, {out}.journal0, 1, ..., and reads all of them."""
+    line for each finished piece. The same command resumes after a kill. Each process of a run
+    writes a file of its own, {out}.journal0, 1, ..., and reads all of them."""
 
     def __init__(self, out, settings, process=0):
         """out: path of the result; settings: all that the work depends on. Raises ValueError if
@@ -193,7 +193,7 @@ class Journal:
             if rest and first != self.first:
                 raise ValueError(f"{path}: has other settings; delete it, or use another --out")
             if not rest and path == self.own:
-                os.unlink(path)                                     # of a run that did no work
+                os.unlink(path)                                     # it holds settings at most
             self.done |= dict(rest)                                 # key (text) -> what was added
 
     @staticmethod
@@ -209,7 +209,7 @@ class Journal:
         return sorted(glob.glob(f"{glob.escape(str(self.out))}.journal[0-9]*"))
 
     def add(self, key, value):
-        """Writes a line. Its line break comes first, and so ends a line that a kill has cut."""
+        """Writes a line, its line break first: a line that a kill has cut spoils only itself."""
         lines = [] if os.path.exists(self.own) else [self.first]
         with open(self.own, "a", encoding="utf-8") as file:
             file.writelines("\n" + json.dumps(line) for line in (*lines, [str(key), value]))
@@ -238,8 +238,8 @@ def process_and_processes(args):
 
 
 def gather(own):
-    """What every process has, in order; they may come hours apart. The process group lives no
-    longer than that, since threads that are left can abort Python's end."""
+    """What every process has, in order; they may come hours apart. The process group is destroyed
+    at once, since its threads can make Python abort at exit."""
     if not dist.is_torchelastic_launched():
         return [own]
     dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -334,7 +334,7 @@ def main(argv=None):
     add("--num", type=int, default=1000, help="pages (1000)")
     add("--width", type=int, default=256, help="rendered page, pixels (256)")
     add("--height", type=int, default=384, help="(384)")
-    add("--transcript", choices=("model", "truth"), default="model", help="whose is forced")
+    add("--transcript", choices=("model", "truth"), default="model", help="whose text is forced")
     add("--out", metavar="FILE", help=f"default: {SCORES_FILE} in the model's folder")
     add_model_arguments(parser)
     parser.run(score, argv)

@@ -1,4 +1,4 @@
-"""Ask a question about an image, with a KV cache that is small where the model does not look.
+"""Ask a question about an image, with a KV cache in which heads that do not look keep little.
 
     python sparsemm.py --image tiny/receipt.png --prompt "What is the Total?"
 
@@ -11,9 +11,9 @@ only the entries that its budget allows (cache.py). Decoding then reads and exte
                        attend,
                        compress
 
-So the first token of the first answer always comes from the full cache: an answer of one token
-cannot change. The answer goes to stdout as it is written, and a report to stderr. `generate` does
-the same from Python. (SparseMM: arXiv 2506.05344, ICCV 2025)
+So the first token of the first answer always comes from the full cache: compression cannot change
+a one-token answer. The answer goes to stdout as it is written, and a report to stderr. `generate`
+does the same from Python. (SparseMM: arXiv 2506.05344, ICCV 2025)
 
 Letters: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head size.
 """
@@ -85,7 +85,7 @@ def greedy_token(logits):
 
 
 def new_cache(model, T, method, max_new_tokens):
-    """An empty cache for a prompt of T tokens, to be kept by a cache.Method."""
+    """An empty cache for a prompt of T tokens, of which it will keep what `method` selects."""
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     model.check_length(T, max_new_tokens)
@@ -93,8 +93,8 @@ def new_cache(model, T, method, max_new_tokens):
 
 
 def prefill(model, inputs, cache):
-    """The logits (vocabulary,) of the first token: the whole prompt, layer by layer: attend,
-    compress."""
+    """Runs the whole prompt. Each layer attends, then compresses. Returns the logits (vocabulary,)
+    of the first token."""
     with tqdm(total=model.config.layers, desc="prefill", delay=2, leave=False, disable=None) as bar:
         def attend(layer, q, k, v):                        # (H, T, D), (G, T, D), (G, T, D)
             out = prefill_attention(q, k, v)
@@ -122,9 +122,9 @@ def decoding_step(model, cache):
 
 class Conversation:
     """Questions about the same images. The first question's prompt is prefilled and compressed. A
-    later question is appended to what was kept, so that nothing is computed twice; but what to keep
-    was chosen by where the first question's window looked. With fresh=True everything said so far
-    is prefilled and compressed anew for each question. The other arguments are generate's."""
+    later question is appended to what was kept: nothing is computed twice, the cache grows beyond
+    the budget, and entries that only the later question needs may be gone. With fresh=True all that
+    was said is prefilled and compressed anew for each question. Other arguments: see generate."""
 
     def __init__(self, model, images, method=Method("full"), max_new_tokens=256, fresh=False):
         self.model, self.images, self.method, self.fresh = model, images, method, fresh
@@ -136,7 +136,8 @@ class Conversation:
     @torch.inference_mode()
     def ask(self, question, stream=None):
         """The answer to the next question, as generate returns it."""
-        model, c, new = self.model, self.model.config, self.read(question)
+        model, c = self.model, self.model.config
+        new = self.read(question)
         T, start = len(self.inputs.ids), clock(model)
         if self.cache is None or self.fresh:
             self.cache = new_cache(model, T, self.method, self.max_new_tokens)
@@ -145,8 +146,9 @@ class Conversation:
         else:
             model.check_length(T, self.max_new_tokens)
             step = decoding_step(model, self.cache)
-            for position, token in enumerate(new, self.inputs.next_position - len(new)):
-                logits = step(token, position)
+            with one_thread_if_small(model):
+                for position, token in enumerate(new, self.inputs.next_position - len(new)):
+                    logits = step(token, position)
         kept, cache_bytes, prefilled = self.cache.held(), self.cache.held_bytes(), clock(model)
         text_of = partial(model.processor.tokenizer.decode, skip_special_tokens=True)
         show = streamed(text_of, stream) if stream else lambda tokens, last=False: None
@@ -180,8 +182,8 @@ class Conversation:
 
 
 def streamed(text_of, stream):
-    """show(tokens) that passes on the new text of a growing list of tokens. A character whose bytes
-    are not all there yet waits."""
+    """show(tokens), which passes on the new text of a growing list of tokens. It holds back a
+    character until all of its bytes are there."""
     shown = 0
 
     def show(tokens, last=False):
@@ -202,8 +204,8 @@ def clock(model):
 
 @contextmanager
 def one_thread_if_small(model):
-    """Decodes on one CPU thread if the processor's caches hold the weights (64 MB): further threads
-    gain nothing then, and wait for each other wherever another program keeps a core busy."""
+    """Uses one CPU thread for decoders under 64 MB, which fit into the CPU's caches: there, further
+    threads gain nothing, and wait for each other if another program keeps a core busy."""
     threads, weights = torch.get_num_threads(), model.decoder.parameters()
     small = model.device.type == "cpu" and sum(w.nbytes for w in weights) < 2**26
     torch.set_num_threads(1 if small else threads)
@@ -216,7 +218,7 @@ def one_thread_if_small(model):
 # ---- the command, and what other scripts share with it ------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
-    """Whatever ends a command early takes one line."""
+    """Prints whatever ends a command early as one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())[:500]}\n")
@@ -236,14 +238,11 @@ class OneLineParser(argparse.ArgumentParser):
         except KeyboardInterrupt as stop:
             self.exit(130, f"{self.prog}: {stop.args[0] if stop.args else 'stopped'}\n")
         except OSError as error:
-            sys.stdout = None                 # closed, or a full disk: what is left cannot be said
+            sys.stdout = None           # closed, or the disk is full: print nothing more to it
             self.exit(141) if isinstance(error, BrokenPipeError) else self.error(error)
-        except (ValueError, OverflowError, MemoryError, RuntimeError) as error:
-            if out_of_memory(error):
-                self.error("too little memory for this model, picture and --dtype")
-            if type(error) is RuntimeError:
-                raise
-            self.error(error)
+        except Exception as error:
+            short = "too little memory for this model, picture and --dtype"
+            self.error(short if out_of_memory(error) else str(error) or type(error).__name__)
 
 
 def out_of_memory(error):
@@ -277,17 +276,18 @@ def write_json(content, path):
 
 
 def check_output(path, option, *endings, inputs=()):
-    """Raises ValueError unless a file with one of these endings can be written at path, which is no
-    input: no long run ends in vain, and nothing is lost."""
+    """Raises ValueError unless a file with one of these endings can be written at path, and path is
+    none of the input files. To be called before a long run."""
     path = Path(os.path.realpath(path))
     if (endings and path.suffix.lower() not in endings or path.exists() and not path.is_file()
             or path in [Path(other).resolve() for other in inputs if other]
             or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise ValueError(f"{option} {path}: must be a writable {'/'.join(endings)} file, no input")
+        raise ValueError(f"{option} {path}: must be a {'/'.join(endings)} file in a folder that "
+                         "can be written, and not an input")
 
 
 def about_file(path):
-    """The sidecar of a score file, s.json -> s.about.json: what the scores were made of."""
+    """The sidecar of a score file, s.json -> s.about.json: how the scores were made."""
     return Path(path).with_name(Path(path).name.removesuffix(".json") + ".about.json")
 
 
@@ -311,9 +311,10 @@ def report(result, model):
     kept, T = sum(map(sum, result["kept"])), result["prompt_tokens"]
     heads = len(result["kept"]) * len(result["kept"][0])
     evicted = f"{1 - kept / (heads * T):.0%} evicted" if kept < heads * T else "nothing evicted"
+    budget = f", budget {result['budget']} x {heads} KV heads = {result['budget'] * heads:,}"
     return (f"prompt  {T} tokens, {result['image_tokens']} of them image\n"
-            f"cache   {result['method']}, budget {result['budget']} x {heads} KV heads = "
-            f"{result['budget'] * heads:,}: kept {kept:,} of {heads * T:,} entries, {evicted}\n"
+            f"cache   {result['method']}{budget * (result['method'] != 'full')}: kept {kept:,} of "
+            f"{heads * T:,} entries, {evicted}\n"
             f"memory  {result['cache_bytes'] / 1e6:,.2f} MB of cache instead of "
             f"{result['full_cache_bytes'] / 1e6:,.2f} MB, "
             f"{result['allocated_bytes'] / 1e6:,.2f} MB allocated\n"
@@ -413,8 +414,8 @@ class PackedAttention:
     and value is read once, and no long head keeps the others waiting."""
 
     def __init__(self, cache):
-        """cache: a KVCache after `reserve`. A `reserve` that moves its tensors ends the use of this
-        object."""
+        """cache: a KVCache after `reserve`. Make a new PackedAttention when `reserve` has moved its
+        tensors."""
         self.cache, self.masks, self.shifts = cache, [], []
         for layer, kept in enumerate(cache.kept):
             start, shift, n = torch.tensor(cache.starts(layer)), 0, len(cache.keys[layer])
@@ -453,7 +454,8 @@ class GraphDecode:
         return self.logits
 
     def capture(self):
-        """Runs one step outside the graph first, since first calls allocate memory."""
+        """Runs one step before the capture, since first calls allocate memory; the replay writes
+        the same entries again."""
         self.graph, self.packed = torch.cuda.CUDAGraph(), PackedAttention(self.cache)
         attend = self.packed.append_and_attend
         side = torch.cuda.Stream()

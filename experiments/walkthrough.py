@@ -77,7 +77,7 @@ def walk(args):
     for row in rows[:1]:
         print(f"   {texts[0]} comes from prefill; for {texts[1]} layer {l} query head {h} looks at")
         for t in row.topk(3).indices.tolist():
-            place = f"number {ranked.index(t) + 1} in step 4" if t in ranked else "in the window"
+            place = f"rank {ranked.index(t) + 1} in step 4" if t in ranked else "in the window"
             print(f"   {row[t]:6.1%}   {shown_at(t, inputs, words, tokenizer)} ({place})")
     print(f"   answer: {' '.join(texts)}")
 
