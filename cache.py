@@ -115,19 +115,17 @@ def kv_head_scores(head_scores, G):
 
 # ---- which entries: SnapKV's observation window --------------------------------------------------
 
-def attention_rows(q, k):
-    """softmax(Q K^T / sqrt(D)): the attention rows of the last n of T positions, for the R query
-    heads of one KV head. q: (R, n, D); k: (T, D), both after RoPE. Returns (R, n, T) float32.
+def attention_logits(q, k):
+    """Q K^T / sqrt(D) of the last n of T positions, for the R query heads of one KV head; -inf for
+    keys in the future. q: (R, n, D); k: (T, D), both after RoPE. Returns (R, n, T) float32."""
+    (_, n, D), T = q.shape, len(k)
+    future = torch.ones(n, T, dtype=torch.bool, device=q.device).triu(T - n + 1)
+    return (q.float() / math.sqrt(D) @ k.float().T).masked_fill_(future, -math.inf)
 
-    Logits are float32 in every dtype: Qwen2-VL's key biases make logits near 1,000, where numbers
-    in bfloat16 are 4 apart.
-    """
-    (R, n, D), T = q.shape, len(k)
-    logits = q.float() / math.sqrt(D) @ k.float().T                                      # (R, n, T)
-    if n > 1:
-        future = torch.ones(n, T, dtype=torch.bool, device=q.device).triu(T - n + 1)
-        logits.masked_fill_(future, -math.inf)
-    return logits.softmax(-1)
+
+def attention_rows(q, k):
+    """softmax(Q K^T / sqrt(D)): the attention rows, (R, n, T), of attention_logits."""
+    return attention_logits(q, k).softmax(-1)
 
 
 def observed_attention(q, k, window=32, kernel=5):
@@ -252,12 +250,14 @@ class KVCache:
 
 def decode_attention(q, heads):
     """The attention of one new token: each query head attends to what its KV head holds. q: (H, 1,
-    D); heads: for each KV head its keys and values, (n, D) each. Returns (H, 1, D)."""
-    out = []
-    for q_g, (K, V) in zip(q.unflatten(0, (len(heads), -1)), heads):                     # (R, 1, D)
-        p = attention_rows(q_g, K)                                                       # (R, 1, n)
-        out.append(p.to(V.dtype) @ V)                                                    # (R, 1, D)
-    return torch.cat(out)
+    D); heads: for each KV head its keys and values, (n, D) each. Returns (H, 1, D). Logits are
+    float32 in every dtype: Qwen2-VL's key biases make logits near 1,000, where numbers in bfloat16
+    are 4 apart."""
+    (_, _, D), out = q.shape, []
+    for q_g, (K, V) in zip(q.view(len(heads), -1, D).float() / math.sqrt(D), heads):        # (R, D)
+        p = (q_g @ K.float().T).softmax(-1)                                                 # (R, n)
+        out.append(p.to(V.dtype) @ V)                                                       # (R, D)
+    return torch.cat(out)[:, None]
 
 
 # ---- the methods: sparsemm, and what it is compared with -----------------------------------------

@@ -130,11 +130,11 @@ class Linear(nn.Linear):
     precision, we multiply many rows in float32, which is faster there."""
 
     def forward(self, x):                                                    # (..., n) -> (..., m)
-        W, b, rows = self.weight, self.bias, x.numel() // x.shape[-1]
-        half, on_cpu, whole = W.dtype != torch.float32, not W.is_cuda, len(W) % PARTS == 0
-        if on_cpu and half and rows > 16 and not has_units(W.dtype):
+        W, b, half = self.weight, self.bias, self.weight.dtype != torch.float32
+        if half and not W.is_cuda and x.numel() > 16 * x.shape[-1] and not has_units(W.dtype):
             return F.linear(x.float(), W.float(), None if b is None else b.float()).to(x.dtype)
-        if on_cpu and not half and rows == 1 and whole and torch.get_num_threads() > 1:
+        if not half and torch.get_num_threads() > 1 and x.numel() == x.shape[-1] \
+                and not W.is_cuda and len(W) % PARTS == 0:
             out = torch.bmm(x.expand(PARTS, 1, -1), W.view(PARTS, -1, W.shape[1]).mT)
             out = out.view(*x.shape[:-1], -1)
             return out if b is None else out + b

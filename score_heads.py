@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cache import Method, attention_rows, read_head_scores, reading
+from cache import Method, attention_logits, read_head_scores, reading
 from model_llava import GRID, load, open_image, prefill_attention, prepare
 from sparsemm import (SCORES_FILE, OneLineParser, about_file, add_model_arguments, check_output,
                       generate, out_of_memory, write_json)
@@ -89,7 +89,7 @@ def attention_peaks(model, prompt, ids):
 
     def attend(layer, q, k, v):                            # (H, P+n-1, D), (G, P+n-1, D), the same
         groups = q[:, P - 1:].unflatten(0, (len(k), -1))                              # (G, R, n, D)
-        rows = [attention_rows(q_g, k_g).max(-1) for q_g, k_g in zip(groups, k)]
+        rows = [attention_logits(q_g, k_g).max(-1) for q_g, k_g in zip(groups, k)]
         if not all(row.values.isfinite().all() for row in rows):
             raise ValueError(f"attention is not finite in {model.dtype}; use another --dtype")
         peaks.append(torch.cat([row.indices for row in rows]).cpu())                        # (H, n)

@@ -7,14 +7,9 @@
     python experiments/bench.py scoring             score_heads.py on the small models
     python experiments/bench.py command             `python sparsemm.py`, cold
 
-Except for scoring, weights and cache entries are random: what a step costs does not depend on them.
-Whatever is compared runs in turn, round by round; times are medians. `full` is our own cache with
-nothing evicted; `transformers` has a DynamicCache and scaled_dot_product_attention. The floor is
-the bytes that a step must read, weights and cache, over the measured bandwidth; the byte ratio is
-full's bytes over the method's. ONEDNN_MAX_CPU_ISA=AVX2 before the command makes `cpu` measure a CPU
-without units for bfloat16. `attention` stands beside a product that reads as many bytes once,
-`scoring` beside the authors' procedure: a forward pass with attention maps for each token of the
-transcript, which is the page's text (truth) or the model's own (model).
+BENCHMARKS.md explains the columns. Whatever is compared runs in turn, round by round; times are
+medians. `full` is our own cache with nothing evicted; `transformers` has a DynamicCache and
+scaled_dot_product_attention. A transcript is the page's text (truth) or the model's own (model).
 """
 
 import itertools
@@ -46,9 +41,9 @@ from experiments.pages import KINDS, Rendered
 from experiments.report import machine_name, rows_of
 from model_llava import (DTYPES, MODELS, Prompt, convert_config, load, prepare, read_config,
                          rotary_frequencies)
-from score_heads import (OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, transcribe)
-from sparsemm import (DEFAULT_MODEL, OneLineParser, check_output, clock, decode, decoding_step,
-                      greedy_token, prefill, write_file, write_json)
+from score_heads import OCR_PROMPT, align_tokens, score_transcript, tokens_in_box, transcribe
+from sparsemm import (DEFAULT_MODEL, OneLineParser, clock, decode, decoding_step, greedy_token,
+                      prefill, write_file, write_json)
 
 VLM = hf.AutoModelForImageTextToText
 GEOMETRIES = {          # name -> layers, heads, KV heads, width, MLP width, vocabulary
@@ -351,11 +346,10 @@ def their_scores(theirs, model, pages, transcripts):
 
 def bench_scoring(args):
     """A row per model, numbers, kind of pages and transcript."""
-    folders = args.model or sorted(map(str, DEFAULT_MODEL.parent.glob("*/")))
-    for name, dtype in itertools.product(folders, args.dtype):
-        model = load(name, args.device, dtype)
+    for folder, dtype in itertools.product(sorted(DEFAULT_MODEL.parent.glob("*/")), args.dtype):
+        model = load(folder, args.device, dtype)
         theirs = VLM.from_pretrained(
-            name, dtype=DTYPES[dtype], attn_implementation="eager").to(args.device)
+            folder, dtype=DTYPES[dtype], attn_implementation="eager").to(args.device)
         for (what, kinds), whose in itertools.product(
                 (("all kinds", KINDS), ("letters", ("letter",))), ("truth", "model")):
             pages, ids = Rendered(kinds, args.seed, (256, 384), args.num + 1), []
@@ -364,7 +358,7 @@ def bench_scoring(args):
             fast, slow = in_turn([partial(lambda i: found[i].append(next(scores[i])), i)
                                   for i in (0, 1)], args.num)
             ours, expected = map(torch.stack, found)
-            yield {"model": Path(name).name, "numbers": dtype, "pages": what, "transcript": whose,
+            yield {"model": folder.name, "numbers": dtype, "pages": what, "transcript": whose,
                    "tokens a page": sum(map(len, ids)) // len(ids),
                    "score_heads.py, images/s": 1 / fast, "step by step, images/s": 1 / slow,
                    "ratio": slow / fast,
@@ -397,7 +391,6 @@ def main(argv=None):
     add("--budgets", nargs="+", type=int, default=[256])
     add("--prefill", action="store_true", help="decode: also prefill, and its peak memory on CUDA")
     add("--profile", action="store_true", help="decode: also what takes most of a step of sparsemm")
-    add("--model", nargs="+", help="scoring: default the small models in tiny/")
     add("--device", default="cpu", choices=["cpu", "cuda"][:1 + torch.cuda.is_available()])
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="cpu, scoring: one or more")
     add("--num", type=int, default=10, help="rounds, or pages")
@@ -406,8 +399,6 @@ def main(argv=None):
 
     def work(args):
         isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
-        if args.out:
-            check_output(args.out, "--out", ".json")
         if isa == "AVX2":
             torch.cpu.get_capabilities = dict           # what oneDNN may not use, we may not see
         torch.manual_seed(args.seed)

@@ -15,9 +15,7 @@ budget and runs once. TASKS holds the prompts and lengths, metrics.py the metric
 After a kill the same command goes on, and with further methods or budgets it runs only these.
 """
 
-import ast
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,8 +31,8 @@ from experiments.metrics import (anls, choose, cider, circular, contains, relaxe
                                  vqa_accuracy)
 from model_llava import load, open_image
 from score_heads import Journal, fingerprint, gather, process_and_processes
-from sparsemm import (SCORES_FILE, OneLineParser, add_model_arguments, check_output,
-                      find_head_scores, generate, out_of_memory, write_file, write_json)
+from sparsemm import (SCORES_FILE, OneLineParser, add_model_arguments, find_head_scores, generate,
+                      out_of_memory, write_file, write_json)
 
 
 # ---- the seven benchmarks ------------------------------------------------------------------------
@@ -134,52 +132,35 @@ TASKS = {
 # ---- the data ------------------------------------------------------------------------------------
 
 def read_rows(path):
-    """The rows of a JSONL file, or of a list in a JSON file. A line that is not JSON is None."""
-    def row_of(line):
-        try:
-            return json.loads(line)
-        except ValueError:
-            return None
+    """The rows of a JSONL file, or of a list in a JSON file."""
     with reading(f"--data {path}"):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
-            return [row_of(line) for line in text.split("\n") if line.strip()]
-        return list(json.loads(text))
-
-
-def as_list(value):
-    """Answers as a list. Tables often hold its text: "['a', 'b']", or as numpy prints it,
-    "['a' 'b']"."""
-    if isinstance(value, str) and value.strip().startswith("["):
-        return ast.literal_eval(re.sub(r"(?<=['\"}])\s+(?=['\"{])", ", ", value.strip()))
-    return value if isinstance(value, list) else [value]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
 
 
 def read_example(task, row, number, images):
     """Row `number` of the data as an Example. Raises ValueError that says what is wrong with it."""
     t = TASKS[task]
     with reading(f"row {number}"):
-        if not isinstance(row, dict):
-            raise ValueError("must be a JSON object")
-        found = as_list(row[t.answers]) if t.listed else [row[t.answers]]
-        found = [entry["answer"] if isinstance(entry, dict) else entry for entry in found]
-        if not found or not all(isinstance(a, (str, int, float)) and a == a for a in found):
-            raise ValueError(f"{t.answers!r} must be a text or a list of texts")
-        if task == "mmbench" and not (found[0] in options(row) and isinstance(row["index"], int)):
-            raise ValueError("'answer' must name an option, and 'index' must be a whole number")
+        found = row[t.answers] if t.listed else [row[t.answers]]
+        if not isinstance(found, list) or not found:
+            raise ValueError(f"{t.answers!r} must be a list of texts")
+        answers = [str(entry["answer"] if isinstance(entry, dict) else entry) for entry in found]
+        if task == "mmbench" and not (answers[0] in options(row) and "index" in row):
+            raise ValueError("'answer' must name an option, and 'index' must be given")
         if not (images / row["image"]).is_file():
             raise ValueError(f"{images / row['image']}: no such file")
-        return Example(number, images / row["image"], t.ask(row) + t.suffix, list(map(str, found)),
-                       row)
+        return Example(number, images / row["image"], t.ask(row) + t.suffix, answers, row)
 
 
 def read_examples(task, rows, images, limit):
     """The examples of the first `limit` questions (None: all), {row number: what is wrong}, and the
     question of every row: rows of one question, MMBench's rotations, are judged together."""
-    questions, examples, errors = list(range(len(rows))), [], {}
-    for number, row in enumerate(rows):
-        if task == "mmbench" and isinstance(row, dict) and isinstance(row.get("index"), int):
-            questions[number] = row["index"] % 1_000_000
+    examples, errors = [], {}
+    questions = [row.get("index", number) % 1_000_000 if task == "mmbench" else number
+                 for number, row in enumerate(rows)]
     wanted = set(list(dict.fromkeys(questions))[:limit])
     for number, row in enumerate(rows):
         if questions[number] in wanted:
@@ -191,7 +172,6 @@ def read_examples(task, rows, images, limit):
 
 
 def check_any(args, examples, errors):
-    """Raises ValueError if no example is left."""
     if not examples:
         raise ValueError(f"--data {args.data}: must have rows of --task {args.task}"
                          f"{'; ' * bool(errors)}{' '.join(errors[:1])}")
@@ -210,10 +190,9 @@ def predict(model, examples, runs, max_new_tokens, journal, quiet):
                 if key not in journal.done:
                     image = open_image(example.image)
                     r = generate(model, [image], example.prompt, method, max_new_tokens)
-                    L, G = len(r["kept"]), len(r["kept"][0])
-                    journal.add(key, dict(prediction=r["text"],
-                                          kept_entries=sum(map(sum, r["kept"])),
-                                          full_entries=L * G * r["prompt_tokens"]))
+                    journal.add(key, dict(
+                        prediction=r["text"], kept_entries=sum(map(sum, r["kept"])),
+                        full_entries=sum(map(len, r["kept"])) * r["prompt_tokens"]))
         except (ValueError, MemoryError, RuntimeError) as error:
             if not (isinstance(error, ValueError) or out_of_memory(error)):
                 raise
@@ -266,8 +245,6 @@ def evaluate(args):
             for m in methods}
     out = args.out or Path(__file__).parent / "work" / args.task
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("scores.jsonl", "table.json"):
-        check_output(out / name, "--out", inputs=[args.data])
     settings = dict(task=args.task, data=crc32(Path(args.data).read_bytes()), model=model.name,
                     weights=fingerprint(model), dtype=str(model.dtype), seed=args.seed,
                     scores=None if scores is None else crc32(scores.numpy().tobytes()))

@@ -86,7 +86,6 @@ def table(results):
 
 
 def work(args):
-    """What the command does."""
     model = load(args.model, args.device, args.dtype)
     out = model.folder / "evaluation.json" if args.out is None else args.out
     check_output(out, "--out")

@@ -140,10 +140,9 @@ def smallest_loss(about, results, first, budgets):
 
 
 @torch.inference_mode()
-def explore(model, image, prompt, head_scores, seed=0, limit=64, answer=None, name=""):
+def explore(model, image, prompt, head_scores, seed=0, limit=64, name=""):
     """The page's HTML. head_scores: (L, H) or None, without which some methods are left out;
-    limit: of the answer's tokens; answer: the right one, if it is not the full cache's; name: of
-    the model."""
+    limit: of the answer's tokens; name: of the model."""
     c, inputs, file = model.config, prepare(model, [image], prompt), io.BytesIO()
     T, laid_out, kinds = len(inputs.ids), inputs.images[0], torch.full((len(inputs.ids),), TEXT)
     kinds[inputs.starts[0]:inputs.starts[0] + len(laid_out)] = laid_out.kinds
@@ -160,11 +159,11 @@ def explore(model, image, prompt, head_scores, seed=0, limit=64, answer=None, na
     small = image.copy()
     small.thumbnail((1000, 1000))
     small.save(file, "JPEG", quality=88)
-    about = dict(model=name, prompt=prompt, answer=answer, L=c.layers, H=c.heads, G=c.kv_heads, T=T,
+    about = dict(model=name, prompt=prompt, L=c.layers, H=c.heads, G=c.kv_heads, T=T,
                  image="data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(),
                  tokens=len(laid_out), kinds=kinds.tolist(), boxes=boxes.round(decimals=5).tolist(),
                  headScores=None if s is None else (s / s.sum()).round(decimals=5).tolist(),
-                 methods={m: ABOUT.get(m, "") for m in METHODS
+                 methods={m: ABOUT[m] for m in METHODS
                           if m == "full" or f"{m} {budgets[0]}" in results}, allBudgets=budgets)
     return smallest_loss(about, results, look(first, kinds), budgets)
 
@@ -172,12 +171,12 @@ def explore(model, image, prompt, head_scores, seed=0, limit=64, answer=None, na
 # ---- the command ---------------------------------------------------------------------------------
 
 def write_page(args):
-    check_output(args.out, "--out", ".html", inputs=(args.image, args.scores))
+    check_output(args.out, "--out", ".html")
     image, model = open_image(args.image), load(args.model, args.device, args.dtype)
     root, folder = DEFAULT_MODEL.parents[1], model.folder.resolve()
     name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else args.model
-    html = explore(model, image, args.prompt, find_head_scores(model, args.scores), args.seed,
-                   args.max_new_tokens, args.answer, name)
+    head_scores = find_head_scores(model, args.scores)
+    html = explore(model, image, args.prompt, head_scores, args.seed, name=name)
     write_file(args.out, html)
     print(f"wrote {args.out}, {len(html.encode()):,} bytes")
 
@@ -187,9 +186,7 @@ def main(argv=None):
     parser.add_argument("--image", required=True, metavar="PATH")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--out", required=True, metavar="FILE", help="the page, .html")
-    parser.add_argument("--answer", metavar="TEXT", help="the right one, if not the full cache's")
     parser.add_argument("--scores", metavar="FILE", help="default: those in the model's folder")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_model_arguments(parser)
     parser.run(write_page, argv)
 

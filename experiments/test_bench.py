@@ -59,8 +59,8 @@ def test_tensors_without_contents_take_what_real_ones_take(monkeypatch, method):
 def test_both_procedures_of_scoring_find_the_same_scores(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "Rendered", lambda kinds, seed, size, num: Rendered(
         ("form",), seed, (128, 96), num))
-    rows, _ = run(tmp_path, "scoring", "--model", str(bench.DEFAULT_MODEL), "--dtype", "float32")
-    assert {row["scores differ by"] for row in rows} == {"0.0%"} and len(rows) == 4
+    rows, _ = run(tmp_path, "scoring", "--dtype", "float32")
+    assert {row["scores differ by"] for row in rows} == {"0.0%"} and len(rows) == 8
 
 
 def test_attention_holds_the_mean_and_one_long_head(monkeypatch, tmp_path):

@@ -1,8 +1,5 @@
 """The commands from outside: what they answer and write, how they end in a shell, and one case for
-each kind of mistake, which must end in one line and status 2, and never in a wrong answer.
-
-    python -m pytest experiments/test_commands.py
-"""
+each kind of mistake, which must end in one line and status 2, and never in a wrong answer."""
 
 import io
 import json
@@ -137,11 +134,10 @@ def test_what_may_not_be_meant_is_said_once(folder, capfd):
 # ---- mistakes: options, files of a model, pictures, pages, outputs -------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    ("--budget 31", "--budget 31 32"), ("--budget many", "--budget many"), ("--rho nan", "nan 0 1"),
-    ("--max-new-tokens 0", "--max-new-tokens 0"), ("--device gpu", "--device gpu"),
+    ("--budget 31", "--budget 31 32"), ("--rho nan", "nan 0 1"), ("--device gpu", "--device gpu"),
+    ("--max-new-tokens 0", "--max-new-tokens 0"), ("--scores none", "none No such file"),
     ("--image none.png", "--image none.png No such file"), (f"--image {__file__}", __file__),
-    ("--prompt \t", "--prompt empty"),
-    ("--prompt <|image_pad|>", "--prompt <|image_pad|>"), ("--scores none", "none No such file")])
+    ("--prompt \t", "empty"), ("--prompt <|image_pad|>", "--prompt <|image_pad|>")])
 def test_bad_arguments(capfd, options, words):
     refused(capfd, "--prompt", "Hi", *options.split(" "), words=words)
 
@@ -153,9 +149,7 @@ def test_bad_arguments(capfd, options, words):
     (QWEN, CONFIG, ("text_config", "rope_parameters", "mrope_section", [4, 2, 11]), "17 16"),
     (LLAVA, CONFIG, ("vision_feature_layer", 9), "vision_feature_layer 9"),
     (LLAVA, CONFIG, ("vision_feature_select_strategy", "full"), "select_strategy full"),
-    (LLAVA, CONFIG, ("image_grid_pinpoints", []), "image_grid_pinpoints"),
     (LLAVA, CONFIG, ("image_grid_pinpoints", [[160, 170]]), "image_grid_pinpoints"),
-    (QWEN, CONFIG, ("image_token_id", 104), "104"), (QWEN, CONFIG, ("image_token_id", -99), "-99"),
     (QWEN, CONFIG, ("text_config", "vocab_size", 100), "vocab_size 103 99"),
     (QWEN, ENDS, ("eos_token_id", [2, 500]), "500"), (QWEN, ENDS, ("eos_token_id", -1), "-1"),
     (QWEN, CONFIG, ("image_token_id", 8), "0"), (QWEN, ENDS, ("eos_token_id", []), "end token"),
@@ -172,8 +166,8 @@ def test_bad_arguments(capfd, options, words):
     (QWEN, WEIGHTS, {"surplus": torch.ones(2)}, "surplus"),
     (QWEN, SCORES_FILE, None, f"{SCORES_FILE} score_heads.py"), *(
         (QWEN, SCORES_FILE, json.dumps(SCORES | damage), f"--scores {SCORES_FILE}") for damage in (
-            {"2-8": [1]}, {"head": [1]}, {"1-1": []}, {"1-1": [-1, 3]}, {"1-1": [math.nan]},
-            {"1-1": ["x"]}, dict.fromkeys(SCORES, [0])))], indirect=["folder"])
+            {"2-8": [1]}, {"head": [1]}, {"1-1": [-1, 3]}, {"1-1": [math.nan]},
+            dict.fromkeys(SCORES, [0])))], indirect=["folder"])
 def test_files_of_a_model_that_do_not_fit_or_cannot_be_read(folder, file, content, words, capfd):
     change(folder / file, content)
     refused(capfd, "--model", folder, "--image", PAGE, "--prompt", "Hi", words=words)
@@ -204,9 +198,8 @@ def test_pictures_are_read_as_they_look(tmp_path, capfd, monkeypatch):
         assert seen == [[0, 128, 255] if image in deep else [255, 128]] * 3, image.mode
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)                 # PIL refuses twice as many
     assert open_image(PAGE).size == (256, 384)
-    for content in (PAGE.read_bytes()[:5000], b"<html>404</html>"):
-        (tmp_path / "cut.png").write_bytes(content)
-        refused(capfd, "--prompt", "Hi", "--image", tmp_path / "cut.png", words="--image cut.png")
+    (tmp_path / "cut.png").write_bytes(PAGE.read_bytes()[:5000])
+    refused(capfd, "--prompt", "Hi", "--image", tmp_path / "cut.png", words="--image cut.png")
 
 
 def test_bad_pages_are_named_and_a_run_without_hits_leaves_nothing(tmp_path, capfd, monkeypatch):

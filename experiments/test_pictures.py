@@ -118,3 +118,10 @@ def test_the_walk_through_fits_two_screens_and_says_what_generate_says(capsys):
     result = generate(model, [PAGE.image], QUESTION, method)
     assert f"{result['cache_bytes']:,} bytes instead of {result['full_cache_bytes']:,}" in out
     assert all(f" {result['kept'][l][g]}\n" in out for l, g in ((7, 0), (5, 3), (7, 2), (6, 3)))
+
+
+def test_the_readme_quotes_what_the_walk_through_prints(capsys):
+    walkthrough.main([])
+    quotes = re.findall(r"```\n(\d\. .*?)\n```", (TINY.parent / "README.md").read_text(), re.DOTALL)
+    out = capsys.readouterr().out
+    assert len(quotes) == 2 and all(quote in out for quote in quotes)
