@@ -134,7 +134,7 @@ def observed_attention(q, k, window=32, kernel=5):
 
         A = softmax(Q[-w:] K^T / sqrt(D))      causal, over all T keys
         a[g] = mean of A over the w queries and the R query heads of KV head g, then averaged over
-               `kernel` neighbouring positions (zeros beyond both ends count)
+               `kernel` neighbouring positions (beyond the ends counts as 0)
 
     q: (H, T, D), or only its last w rows; k: (G, T, D), both after RoPE. Returns (G, T-w) float32,
     in O(T*w). NOTE(official): half precision there, in which many scores tie and chance decides.
@@ -151,8 +151,8 @@ def observed_attention(q, k, window=32, kernel=5):
 
 
 def select_entries(position_scores, budgets, T):
-    """Which positions each head keeps, (G, T) bool: the last w, which every head keeps, and of the
-    first T-w its best by position_scores (G, T-w). budgets: (G,), window included. Of equal scores
+    """Which positions each head keeps, (G, T) bool: the last w, and its best of the first T-w by
+    position_scores (G, T-w). budgets: (G,), window included. Of equal scores
     the lower position wins."""
     G, n = position_scores.shape
     order = position_scores.argsort(dim=1, descending=True, stable=True)
@@ -171,7 +171,7 @@ class KVCache:
     nothing.
 
     NOTE(paper): keys are cached after RoPE, and positions are never renumbered (the paper does not
-    say): every distance from a query to a key stays that of the full prompt.
+    say): query-key distances stay those of the full prompt.
     """
 
     def __init__(self, plan):
@@ -311,7 +311,7 @@ def make_plan(method, L, G, T):
 
 
 def head_shares(method, L, G):
-    """The scores (L, G) float64 in proportion to which the budget is shared out: the visual scores
+    """The scores (L, G) float64 that divide the budget: the visual scores
     (sparsemm), or a control's, drawn once with the seed. `random` draws other numbers. `shuffled`
     permutes the visual scores over the heads, which keeps their distribution. NOTE(paper):
     `shuffled` is ours. NOTE(official): `random` is drawn anew in every layer there."""
@@ -326,8 +326,8 @@ def head_shares(method, L, G):
 
 def pyramid_budgets(L, budget, length, window):
     """PyramidKV's budgets (arXiv 2406.02069): beyond the window, linear in the layer from n_max
-    down to n_min = n // 20 with mean n = budget - window. n_max is at most T - window; then n_min
-    is raised as much. Returns (L,) int64 with sum L*budget. NOTE(official): there the first
+    down to n_min = n // 20 with mean n = budget - window. If T - window caps n_max, n_min rises
+    as much. Returns (L,) int64 with sum L*budget. NOTE(official): there the first
     prompt's capacities serve all later prompts, and integer steps overspend by up to 11 %."""
     n = budget - window
     n_max = min(2 * n - n // 20, length - window)
@@ -337,9 +337,9 @@ def pyramid_budgets(L, budget, length, window):
 
 def adakv_budgets(position_scores, budget, window, uniform=0.2):
     """AdaKV's budgets (arXiv 2407.11550) within one layer, (G,) int64 with sum G*budget: all heads'
-    entries are ranked together. First, the position_scores (G, T-w) of each head are multiplied by
-    the share of its attention that its best n = budget - window positions receive. A head gets as
-    many entries as it has among the best G*n, mixed with a uniform share."""
+    entries are ranked together. First, each head's position_scores (G, T-w) are multiplied by the
+    share of their sum that its best n = budget - window hold. A head gets its count among the best
+    G*n, mixed with a uniform share."""
     a, (G, positions) = position_scores, position_scores.shape
     n = min(budget - window, positions)
     held = a.topk(n, dim=1).values.sum(1) / a.sum(1).clamp(min=1e-30)

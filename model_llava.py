@@ -8,11 +8,11 @@
 
 Both families share one decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. The
 decoder knows nothing of caches: each layer calls `attend`, a function that its caller provides. The
-simplest one is no_cache; sparsemm.py compresses in it, and decodes from what was kept. The families
+simplest is no_cache; sparsemm.py's own compresses, and decodes from what it kept. The families
 differ in the vision tower, and in how an image becomes a row of tokens:
 
-    LLaVA-NeXT  CLIP sees square tiles. First comes a thumbnail of the whole image, then the tiles
-                row by row, without the padding, with a learned newline token behind each row.
+    LLaVA-NeXT  CLIP sees square tiles. First comes a thumbnail of the whole image, then the token
+                rows across all tiles, without padding, a learned newline token behind each row.
                 (Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge")
     Qwen2-VL    A ViT with 2-D rotary positions sees the image at its own size. 2 x 2 patches become
                 one token, and the decoder's positions have three axes, M-RoPE.
@@ -523,8 +523,8 @@ class QwenVisionBlock(nn.Module):           # pre-norm, full attention over one 
 
 
 class QwenVision(nn.Module):
-    """Qwen2-VL's ViT and the merger behind it. Patches come in the merger's order: the four that
-    become one token are neighbours."""
+    """Qwen2-VL's ViT and the merger behind it. Patches come in the merger's order: the four of
+    one token are consecutive."""
 
     def __init__(self, v):
         super().__init__()

@@ -13,11 +13,10 @@ page's transcript we know its word and the word's box, hence the set I of image 
     '-----------------'
 
 A head scores a hit if the arg-max of its attention row, over all keys, falls in I. The row is that
-of the query that emits y_i. It stands at y_{i-1}: y_i is not yet written, so that looking at its
-word helps to write it. A hit adds 1/|I|: a random arg-max hits a word with probability in
-proportion to |I|, which the factor 1/|I| cancels. With teacher forcing, one forward pass
-over prompt and transcript has every row that is needed. The transcript is the model's own, or with
---transcript truth the page's text.
+of the query at y_{i-1}, which emits y_i: before y_i is written, looking at its word helps to write
+it. A hit adds 1/|I|: a random arg-max hits a word in proportion to |I|, which 1/|I| cancels. With
+teacher forcing, one forward pass over prompt and transcript has every row that is needed. The
+transcript is the model's own, or with --transcript truth the page's text.
 
 NOTE(paper): its figure can be read as the row of y_i's own query; the authors' code agrees with us.
 NOTE(official): there, every token of the transcript takes a forward pass of its own.
@@ -84,7 +83,7 @@ def score_transcript(model, image, words, ids, question=OCR_PROMPT):
 
 def attention_peaks(model, prompt, ids):
     """Where every head looks most while it emits each token of the transcript ids (n,): (L, H, n)
-    int64, on the CPU. Row P-1+i emits token i, so that the last token need not be read."""
+    int64, on the CPU. Row P-1+i emits token i, so the last token is not fed in."""
     P, n, peaks = len(prompt.ids), len(ids), []
 
     def attend(layer, q, k, v):                            # (H, P+n-1, D), (G, P+n-1, D), the same
@@ -198,7 +197,7 @@ class Journal:
 
     @staticmethod
     def lines(path):
-        """What is in a journal, but for lines that a kill has cut."""
+        """A journal's lines, except those that a kill has cut."""
         lines = []
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):
@@ -256,7 +255,7 @@ def gini(values):
 
 
 def top_share(values, part):
-    """(how many values are the top `part` of them, what share of the sum these hold)."""
+    """(the number of values in the top `part`, their share of the sum)."""
     n = max(1, round(part * values.numel()))
     return n, (values.flatten().sort(descending=True).values[:n].sum() / values.sum()).item()
 

@@ -1,4 +1,4 @@
-"""Ask a question about an image, with a KV cache in which heads that do not look keep little.
+"""Ask a question about an image. Heads that do not look at it keep little of their KV cache.
 
     python sparsemm.py --image tiny/receipt.png --prompt "What is the Total?"
 
@@ -12,8 +12,8 @@ only the entries that its budget allows (cache.py). Decoding then reads and exte
                        compress
 
 So the first token of the first answer always comes from the full cache: compression cannot change
-a one-token answer. The answer goes to stdout as it is written, and a report to stderr. `generate`
-does the same from Python. (SparseMM: arXiv 2506.05344, ICCV 2025)
+a first answer of one token. The answer goes to stdout as it is written, and a report to stderr.
+`generate` does the same from Python. (SparseMM: arXiv 2506.05344, ICCV 2025)
 
 Letters: L layers, H query heads, G KV heads, R = H/G, T prompt tokens, D head size.
 """
@@ -54,7 +54,7 @@ def generate(model, images, prompt, method=Method("full"), max_new_tokens=256, s
         text, token_ids, new_tokens     the answer; token_ids with the end token, if it came
         prompt_tokens, image_tokens     T, and how many of them are of images
         method, budget, kept            kept: L lists of G numbers, entries held after prefill
-        cache_bytes, full_cache_bytes   2 * D * itemsize for each of them, and for L * G * T
+        cache_bytes, full_cache_bytes   2 * D * itemsize per entry: those kept, all L * G * T
         allocated_bytes                 of the tensors that hold the entries when the answer ends
         prefill_seconds                 vision, prefill and compression, up to the first token
         decode_seconds                  all further tokens
@@ -65,8 +65,8 @@ def generate(model, images, prompt, method=Method("full"), max_new_tokens=256, s
 def greedy_decode(step, logits, position, end_tokens, max_new_tokens, show=lambda tokens: None):
     """The tokens of an answer: each is the one with the largest logit.
 
-    logits: (vocabulary,) of the first token, which will stand at `position`; step(token, position)
-    -> the logits after a token; show: called with all tokens so far."""
+    logits: (vocabulary,) that choose the first token, at `position`; step(token, position) -> the
+    logits after a token; show: called with all tokens so far."""
     tokens = []
     while True:
         tokens.append(greedy_token(logits))

@@ -65,7 +65,7 @@ def judge_chartqa(examples, predictions):
 
 
 def judge_mmbench(examples, predictions):
-    """A question is right if it is right under every rotation, and n counts questions. unparsed:
+    """A question counts if every rotation is answered correctly; n counts questions. unparsed:
     the share of the rows whose prediction names no option, or several."""
     chosen = [choose(p, options(e.row)) for p, e in zip(predictions, examples)]
     scores = [float(letter == e.answers[0]) for letter, e in zip(chosen, examples)]

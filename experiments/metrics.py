@@ -107,7 +107,7 @@ def as_number(text):
 
 def relaxed_match(prediction, answer):
     """ChartQA's score: 1 if the prediction counts as right, else 0. If both are numbers, prediction
-    p and target t != 0, it is right if |p - t| <= 0.05 |t|. Else it is right if the texts are equal
+    p and target t != 0, it counts if |p - t| <= 0.05 |t|. Else it counts if the texts are equal
     up to capitals; nothing is stripped."""
     p, t = as_number(prediction), as_number(answer)
     if p is not None and t:
