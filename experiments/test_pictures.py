@@ -124,4 +124,4 @@ def test_the_readme_quotes_what_the_walk_through_prints(capsys):
     walkthrough.main([])
     quotes = re.findall(r"```\n(\d\. .*?)\n```", (TINY.parent / "README.md").read_text(), re.DOTALL)
     out = capsys.readouterr().out
-    assert len(quotes) == 2 and all(quote in out for quote in quotes)
+    assert quotes and all(quote in out for quote in quotes)
