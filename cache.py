@@ -119,8 +119,10 @@ def attention_logits(q, k):
     """Q K^T / sqrt(D) of the last n of T positions, for the R query heads of one KV head; -inf for
     keys in the future. q: (R, n, D); k: (T, D), both after RoPE. Returns (R, n, T) float32."""
     (_, n, D), T = q.shape, len(k)
-    future = torch.ones(n, T, dtype=torch.bool, device=q.device).triu(T - n + 1)
-    return (q.float() / math.sqrt(D) @ k.float().T).masked_fill_(future, -math.inf)
+    logits = q.float() / math.sqrt(D) @ k.float().T                                      # (R, n, T)
+    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)       # of the last n keys
+    logits[:, :, T - n:].masked_fill_(future, -math.inf)
+    return logits
 
 
 def attention_rows(q, k):
