@@ -677,8 +677,9 @@ def load_weights(model, folder, device, dtype):
             with reading(path.name), safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     if not OLD_BUFFERS.search(key):
-                        tensor = file.get_tensor(key)
-                        state[hub_name(key)] = tensor.to(device, dtype, copy=True)
+                        if file.get_slice(key).get_dtype()[0] in "IU":
+                            raise ValueError(f"tensor {key} has integers, must have floats")
+                        state[hub_name(key)] = file.get_tensor(key).to(device, dtype, copy=True)
                         bar.update()
     if tied and not torch.equal(state.setdefault(head, state[embedding]), state[embedding]):
         raise ValueError(f"{head} must equal the input embedding, to which it is tied")

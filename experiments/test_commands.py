@@ -164,6 +164,7 @@ def test_bad_arguments(capfd, options, words):
     (QWEN, WEIGHTS, {"model.norm.weight": torch.ones(5)}, "decoder.norm.weight 5 256"),
     (QWEN, WEIGHTS, {"model.norm.weight": torch.full((256,), math.nan)}, "finite float32"),
     (QWEN, WEIGHTS, {"surplus": torch.ones(2)}, "surplus"),
+    (QWEN, WEIGHTS, {"model.norm.weight": torch.ones(256, dtype=torch.int8)}, "norm integers"),
     (QWEN, SCORES_FILE, None, f"{SCORES_FILE} score_heads.py"), *(
         (QWEN, SCORES_FILE, json.dumps(SCORES | damage), f"--scores {SCORES_FILE}") for damage in (
             {"2-8": [1]}, {"head": [1]}, {"1-1": [-1, 3]}, {"1-1": [math.nan]},
